@@ -1,0 +1,1 @@
+"""Jobs: what a user asks for, and its life from `queued` to its end."""

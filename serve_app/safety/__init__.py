@@ -1,0 +1,1 @@
+"""Content policy: what the service refuses to make."""

@@ -1,0 +1,34 @@
+"""The README's commands, for a few seconds each: they train, go on where they were stopped, and leave a model that loads."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from serve_app.engine.load import ModelSource, load_pipeline
+from training import train_denoiser, train_vae
+
+
+def test_from_nothing_to_a_model_that_loads(tmp_path: Path) -> None:
+    vae, denoiser = tmp_path / "vae", tmp_path / "denoiser"
+    train_vae.main(vae, minutes=0.02, batch=2, piece=64, scale=0.2, workers=0, check_clips=2)
+    result = json.loads((vae / "result.json").read_text())
+    assert result["psnr_db_clips"] > 0
+    assert min(result["latents_std"]) > 0
+
+    arguments = {"vae": vae / "vae", "tokens": 64, "scale": 0.2, "workers": 0}
+    train_denoiser.main(denoiser, minutes=0.02, **arguments)  # type: ignore[arg-type]
+    first = json.loads((denoiser / "result.json").read_text())
+    train_denoiser.main(denoiser, minutes=0.1, **arguments)  # type: ignore[arg-type]
+    second = json.loads((denoiser / "result.json").read_text())
+    assert second["steps"] > first["steps"] >= 1, "it went on where it was"
+    assert second["size_mb"] < 20
+
+    pipeline = load_pipeline(ModelSource(str(denoiser / "model"), None, trained=True), "cpu", torch.float32)
+    assert pipeline.vae.config.latents_std == result["latents_std"]
+    with torch.inference_mode():
+        frames = pipeline(
+            "a red circle", width=128, height=96, num_frames=5, num_inference_steps=2, output_type="pt"
+        ).frames
+    assert frames.shape == (1, 5, 3, 96, 128)
+    assert torch.isfinite(frames).all()

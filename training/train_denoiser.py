@@ -1,0 +1,182 @@
+"""Trains transformer and text encoder together by flow matching, on a trained VAE's latents, and saves the whole model.
+
+`python -m training.train_denoiser runs/denoiser --vae runs/vae/vae --minutes 15`
+
+The convention is that of diffusers' flow prediction: x = (1 - sigma) * clean + sigma * noise, timestep = 1000 * sigma, and
+the model predicts noise - clean.
+"""
+
+import random
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers import AutoencoderKLWan
+from torch import nn
+from torch.nn import functional
+
+from training.captions import USUAL_NEGATIVE, caption
+from training.data import Shape
+from training.folded_padding import FoldedPadding
+from training.model import SPATIAL, build_text_encoder, build_transformer, save_pipeline, train_tokenizer
+from training.parallel_vae import ParallelVae
+from training.pool import Pool, Sample
+from training.render import make_atlas
+from training.run import Trainer, autocast, console, cycle, pick_device, report, seed_everything
+from training.world import draw_scene
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one run; recorded beside it."""
+
+    minutes: float
+    tokens: int
+    """Latent pixels a step: it is as many pictures or clips as fit."""
+    scale: float
+    seed: int
+    reuse: int
+    peak_rate: float = 1e-3
+    dropout: float = 0.12
+    """Share of captions dropped, for guidance."""
+    shift: float = 3.0
+    """Noise levels are sigmoids of normal numbers, moved towards noise by this (as flow_shift moves the sampler's): with few
+    tokens to a picture, what is drawn and where is decided early."""
+
+
+MIX: tuple[tuple[Shape, float], ...] = (
+    (Shape(640, 480, 1), 0.24),
+    (Shape(832, 480, 1), 0.10),
+    (Shape(480, 640, 1), 0.08),
+    (Shape(640, 480, 17), 0.27),
+    (Shape(832, 480, 17), 0.07),
+    (Shape(480, 640, 17), 0.06),
+    (Shape(640, 480, 41), 0.11),
+    (Shape(640, 480, 81), 0.07),
+)
+"""Shapes of clips and their share of the steps. Frames of other numbers follow: positions in time are shared."""
+
+
+def mix_of(scale: float) -> tuple[tuple[Shape, float], ...]:
+    """`MIX`, or for a trial on a small machine pictures and short clips at a part of the size."""
+    if scale == 1.0:
+        return MIX
+    width, height = (max(64, round(pixels * scale / SPATIAL) * SPATIAL) for pixels in (640, 480))
+    return ((Shape(width, height, 1), 0.75), (Shape(width, height, 9), 0.25))
+
+
+def noise_levels(count: int, shift: float, device: torch.device) -> torch.Tensor:
+    """Sigmas in (0, 1): one in ten uniform, so that none is forgotten."""
+    even = torch.rand(count, device=device)
+    normal = torch.sigmoid(torch.randn(count, device=device))
+    sigma = torch.where(torch.rand(count, device=device) < 0.1, even, normal)
+    return (shift * sigma / (1 + (shift - 1) * sigma)).clamp(1e-3, 1.0)
+
+
+def flow_loss(
+    transformer: nn.Module, text_encoder: nn.Module, folded: FoldedPadding, sample: Sample, shift: float
+) -> torch.Tensor:
+    """Squared error of each clip's predicted velocity, [batch]."""
+    clean = sample.latents
+    sigma = noise_levels(len(clean), shift, clean.device)
+    level = sigma.view(-1, 1, 1, 1, 1)
+    noise = torch.randn_like(clean)
+    with autocast(clean.device):
+        prediction = transformer(
+            hidden_states=torch.lerp(clean, noise, level),
+            timestep=1000 * sigma,
+            encoder_hidden_states=folded.embed(text_encoder, sample.ids),
+            return_dict=False,
+        )[0]
+    return functional.mse_loss(prediction.float(), noise - clean, reduction="none").flatten(1).mean(dim=1)
+
+
+def world_tokenizer(folder: Path) -> Any:
+    """The tokenizer of this world's captions: the same every time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(0)
+    shapes = [(640, 480, 1), (640, 480, 17)]
+    texts = [
+        caption(draw_scene(rng, width=width, height=height, frames=frames), rng)
+        for _ in range(4000)
+        for width, height, frames in shapes
+    ]
+    return train_tokenizer([*texts, USUAL_NEGATIVE], folder)
+
+
+def train(folder: Path, vae: AutoencoderKLWan, settings: Settings, workers: int) -> dict[str, Any]:
+    """Train until the budget is spent; returns the parts of the model, with averaged weights."""
+    device = pick_device()
+    seed_everything(settings.seed)
+    tokenizer = world_tokenizer(folder)
+    transformer = build_transformer().to(device)
+    text_encoder = build_text_encoder(len(tokenizer)).to(device)
+    parallel = ParallelVae(vae.to(device).eval().requires_grad_(False))
+    trainer = Trainer(
+        folder,
+        asdict(settings),
+        {"transformer": transformer, "text_encoder": text_encoder},
+        minutes=settings.minutes,
+        peak_rate=settings.peak_rate,
+        device=device,
+        warmup_steps=300,
+    )
+    folded = FoldedPadding(transformer)
+    if device.type == "cuda":
+        vae.to(memory_format=torch.channels_last_3d)
+        torch._dynamo.config.cache_size_limit = 64
+        transformer.compile_repeated_blocks(dynamic=False)
+    mix, atlas = mix_of(settings.scale), make_atlas(device)
+    pools: OrderedDict[Shape, Pool] = OrderedDict()
+    shares = [share for _, share in mix]
+    for number in cycle(lambda rng: rng.choices(range(len(mix)), shares)[0], settings.seed, trainer.step):
+        if trainer.done:
+            break
+        shape = mix[number][0]
+        if shape not in pools:
+            tokens = shape.latent_frames * (shape.width // SPATIAL) * (shape.height // SPATIAL)
+            pools[shape] = Pool(
+                shape,
+                max(1, settings.tokens // tokens),
+                vae=parallel,
+                atlas=atlas,
+                tokenizer=tokenizer,
+                seed=f"denoiser {settings.seed} {trainer.step}",
+                workers=workers,
+                reuse=settings.reuse,
+            )
+        sample = pools[shape].draw(settings.dropout)
+        loss = flow_loss(transformer, text_encoder, folded, sample, settings.shift).mean()
+        kind = "picture" if shape.frames == 1 else "clip"
+        trainer.apply(loss, {"loss": loss, f"{kind}s": loss})
+    trainer.save()
+    trainer.average.swap()
+    return {"tokenizer": tokenizer, "transformer": transformer, "text_encoder": text_encoder, "steps": trainer.step}
+
+
+def main(
+    out: Path,
+    vae: Annotated[Path, typer.Option(help="What train_vae saved.")],
+    minutes: float = 15.0,
+    tokens: Annotated[int, typer.Option(help="Latent pixels a step.")] = 76_800,
+    scale: Annotated[float, typer.Option(help="Of the pictures; below 1 for a trial on a small machine.")] = 1.0,
+    workers: Annotated[int, typer.Option(help="Processes that prepare scenes, for each of the shapes.")] = 2,
+    reuse: Annotated[int, typer.Option(help="How often a clip's latents are used.")] = 12,
+    seed: int = 1,
+) -> None:
+    """Train the denoiser on the VAE's latents and save the whole model in OUT/model."""
+    trained_vae = AutoencoderKLWan.from_pretrained(vae)
+    parts = train(out, trained_vae, Settings(minutes, tokens, scale, seed, reuse), workers)
+    steps = parts.pop("steps")
+    # A fresh VAE: training changed how this one computes.
+    save_pipeline(out / "model", vae=AutoencoderKLWan.from_pretrained(vae), **parts)
+    size_mb = sum(path.stat().st_size for path in (out / "model").rglob("*") if path.is_file()) / 1e6
+    report(out, {"steps": steps, "size_mb": round(size_mb, 2)})
+    console.print(f"saved {out / 'model'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,148 @@
+"""Trains the VAE: rendered clips to latents and back. `python -m training.train_vae runs/vae --minutes 6`
+
+L1 and squared error on pixels, and a little KL, which keeps the latents' scale near 1 and makes neighbours decode alike.
+Mostly on pieces of 256x256 pixels, and on whole pictures, since the VAE's middle attends over all of a frame.
+"""
+
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from training.data import Shape, draw_batch, stream
+from training.model import build_vae
+from training.parallel_vae import ParallelVae
+from training.render import make_atlas, render
+from training.run import Trainer, autocast, console, cycle, pick_device, report, seed_everything
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one run; recorded beside it."""
+
+    minutes: float
+    batch: int
+    piece: int
+    scale: float
+    seed: int
+    peak_rate: float = 1e-3
+    kl_weight: float = 5e-4
+
+
+def train(folder: Path, settings: Settings, workers: int) -> ParallelVae:
+    """Train until the budget is spent; returns the VAE with averaged weights."""
+    device = pick_device()
+    seed_everything(settings.seed)
+    vae = build_vae().to(device)
+    if device.type == "cuda":
+        vae.to(memory_format=torch.channels_last_3d)
+    parallel = ParallelVae(vae)
+    trainer = Trainer(
+        folder,
+        asdict(settings),
+        {"vae": vae},
+        minutes=settings.minutes,
+        peak_rate=settings.peak_rate,
+        device=device,
+        decay=0.999,
+    )
+    atlas = make_atlas(device)
+    width, height = _scaled(640, settings.scale), _scaled(480, settings.scale)
+    clips, pictures = Shape(width, height, 9), Shape(width, height, 1)
+    sizes = {clips: settings.batch, pictures: 2 * settings.batch}
+    seed = f"vae {settings.seed} {trainer.step}"
+    streams = {s: stream(s, sizes[s], tokenizer=None, seed=seed, workers=workers) for s in sizes}
+    choices = cycle(lambda rng: int(rng.random() < 0.3), settings.seed, trainer.step)
+    places = random.Random(seed)
+    for whole in choices:
+        if trainer.done:
+            break
+        shape = pictures if whole else clips
+        drawing = next(streams[shape]).drawing.to(device)
+        window = None if whole else _window(places, shape, settings.piece)
+        with torch.no_grad():
+            pixels = render(drawing, atlas, window)
+        with autocast(device):
+            mean, log_variance = parallel.moments(pixels)
+            latents = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
+            decoded = parallel.decode(latents).float()
+        error = decoded - pixels
+        l1, squared = error.abs().mean(), error.square().mean()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        psnr = -10 * torch.log10(squared.detach() / 4)
+        trainer.apply(l1 + squared + settings.kl_weight * kl, {"l1": l1, "kl": kl, "psnr": psnr})
+    trainer.save()
+    trainer.average.swap()
+    return parallel
+
+
+def _scaled(pixels: int, scale: float) -> int:
+    return max(64, round(pixels * scale / 32) * 32)
+
+
+def _window(rng: random.Random, shape: Shape, piece: int) -> tuple[int, int, int, int]:
+    width, height = min(piece, shape.width), min(piece, shape.height)
+    return rng.randint(0, shape.width - width), rng.randint(0, shape.height - height), width, height
+
+
+@torch.no_grad()
+def measure_latents(
+    parallel: ParallelVae, shapes: list[Shape], clips: int, seed: int
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the latents by channel, over `clips` training scenes of each shape."""
+    device, rng = parallel.vae.device, random.Random(f"latents {seed}")
+    atlas = make_atlas(device)
+    values = []
+    for shape in shapes:
+        drawing = draw_batch(rng, shape, clips, "train", None).drawing.to(device)
+        for start in range(0, clips, 8):
+            with autocast(device):
+                mean, _ = parallel.moments(render(drawing[start : start + 8], atlas))
+            values.append(mean.transpose(0, 1).flatten(1).cpu())
+    latents = torch.cat(values, dim=1)
+    return latents.mean(dim=1).tolist(), latents.std(dim=1).tolist()
+
+
+@torch.no_grad()
+def measure_psnr(parallel: ParallelVae, shape: Shape, clips: int, split: str = "test") -> float:
+    """Mean over held-out clips of each clip's PSNR in dB, encoded and decoded as the service does, latent frame by latent frame."""
+    vae, rng = parallel.vae, random.Random(f"psnr {split}")
+    atlas = make_atlas(vae.device)
+    total = 0.0
+    for _ in range(clips):
+        drawing = draw_batch(rng, shape, 1, split, None).drawing.to(vae.device)
+        pixels = render(drawing, atlas)
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
+        total += float(-10 * torch.log10((decoded - pixels).square().mean() / 4))
+    return total / clips
+
+
+def main(
+    out: Path,
+    minutes: float = 6.0,
+    batch: Annotated[int, typer.Option(help="Clips a step.")] = 16,
+    piece: Annotated[int, typer.Option(help="Side of the pieces that clips are cut to, in pixels.")] = 256,
+    scale: Annotated[float, typer.Option(help="Of the pictures; below 1 for a trial on a small machine.")] = 1.0,
+    workers: int = 4,
+    seed: int = 1,
+    check_clips: Annotated[int, typer.Option(help="Held-out clips to measure on.")] = 48,
+) -> None:
+    """Train the VAE, measure its latents and its PSNR, and save it with them in OUT/vae."""
+    parallel = train(out, Settings(minutes, batch, piece, scale, seed), workers)
+    width, height = _scaled(640, scale), _scaled(480, scale)
+    shapes = [Shape(width, height, 1), Shape(width, height, 17)]
+    mean, std = measure_latents(parallel, shapes, check_clips, seed)
+    vae = build_vae(mean, std)
+    vae.load_state_dict(parallel.vae.state_dict())
+    vae.save_pretrained(out / "vae")
+    figures = {"psnr_db_pictures": measure_psnr(parallel, shapes[0], check_clips)}
+    figures["psnr_db_clips"] = measure_psnr(parallel, shapes[1], check_clips)
+    report(out, figures | {"latents_mean": mean, "latents_std": std})
+    console.print(f"saved {out / 'vae'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
