@@ -10,7 +10,7 @@ from serve_app.jobs.presets import PRESETS, JobType
 from serve_app.planner.demand import Demand
 from serve_app.scheduling.fleet import Cluster, Fleet
 from serve_app.scheduling.scale import ScaleDecision, Scaler, ScaleRules
-from serve_app.scheduling.simulate import Outcome, Simulation
+from serve_app.scheduling.simulate import Autoscaler, Outcome, Simulation
 from serve_app.scheduling.steps import StepPolicy
 
 MOST_MOMENTS = 2000
@@ -110,14 +110,22 @@ class Plan:
     timeline: list[Moment] = field(repr=False)
 
 
-def plan(demand: Demand, settings: ClusterSettings, told: Callable[[int], None] = lambda count: None) -> Plan:
-    """Run the jobs through the cluster. `told` hears, now and then, how many are done. Raises InvalidValue where there are none."""
+def plan(
+    demand: Demand,
+    settings: ClusterSettings,
+    told: Callable[[int], None] = lambda count: None,
+    autoscaler: Autoscaler | None = None,
+) -> Plan:
+    """Run the jobs through the cluster. Raises InvalidValue where there are none.
+
+    `told` hears, now and then, how many are done; `autoscaler`: another one than the service's, to compare with.
+    """
     watching = _Watching(told)
     simulation = Simulation(
         settings.cluster,
         StepPolicy(),
         watching,
-        Scaler(settings.rules),
+        autoscaler or Scaler(settings.rules),
         tail_s=settings.rules.window_s + settings.node_idle_s,
     )
     spent = simulation.run(demand.jobs())
