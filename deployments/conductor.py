@@ -4,18 +4,18 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
-import ray
-import tenacity
 from ray import serve
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.claims import Claims
 from deployments.drive import ClipDrive, Drive
 from deployments.generator import ClipReady
+from deployments.last_attempt import LastAttempt
+from deployments.patience import patiently
+from deployments.translated import translated
 from serve_app.engine.checkpoints import CheckpointStore
 from serve_app.engine.clip import CheckpointSaved, ClipFailed, ClipRequest, ClipStarted, Preview, StepDone
 from serve_app.errors import (
@@ -34,11 +34,8 @@ from serve_app.jobs.plan import generated_frames
 from serve_app.jobs.presets import STABLE_RESOLUTION
 from serve_app.jobs.receipt import make_receipt
 from serve_app.jobs.recovery import next_try
-from serve_app.jobs.replica import ReplicaReport
 from serve_app.jobs.retention import Sweeper
-from serve_app.jobs.store import JobStore, JobWork, Lease
-from serve_app.scheduling import placement
-from serve_app.scheduling.claim import Outstanding, claim_horizons
+from serve_app.jobs.store import JobStore, Lease
 from serve_app.settings import Settings
 from serve_app.storage import open_store
 from serve_app.webhooks.loop import Courier
@@ -49,17 +46,6 @@ PROGRESS_EVERY_S = 0.4
 """At most so often a job's progress is written: a few times a second."""
 MAX_LOST_CONDUCTORS = 10
 """A job whose conductors die so often in a row, without a new checkpoint, is taken for the cause."""
-LAST_ATTEMPT = "last-attempt"
-"""The lock of the one clip that may be on its last attempt."""
-
-patiently = tenacity.retry(
-    retry=tenacity.retry_if_exception_type(StoreUnavailable),
-    wait=tenacity.wait_exponential_jitter(initial=0.2, max=5.0),
-    stop=tenacity.stop_after_delay(600),
-    before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
-    reraise=True,
-)
-"""For writes that must not be lost: a store that is away for a while costs time, not the work. Fencing keeps it safe."""
 
 
 class MakeAgain(Exception):
@@ -77,9 +63,10 @@ class Conductor:
         self._generators = {model: generator.options(stream=True) for model, generator in generators.items()}
         self._finisher = finisher.options(stream=True)
         self._store = JobStore(settings.resolved_store_url, prefix=settings.store_prefix)
-        self._cluster = ray.get_runtime_context().get_session_name()
         self._checkpoints = CheckpointStore(settings.resolved_checkpoint_url)
         self._sweeper = Sweeper(self._store, open_store(settings), settings, self._checkpoints)
+        self._claims = Claims(self._store, settings, self._generators.keys())
+        self._last_attempt = LastAttempt(self._store, max_attempts=settings.max_attempts, lease_s=settings.lease_s)
         self._drives: dict[str, Drive] = {}
         self._courier = Courier.of(settings, self._store)
         turns = (self._claim, self._beat, self._courier.turn, self._sweeper.turn)
@@ -133,7 +120,7 @@ class Conductor:
         """One clip, tried again as long as its budget lasts, each time from its last checkpoint."""
         while clip.ready is None:
             try:
-                async with self._alone_on_its_last_attempt(job, clip):
+                async with self._last_attempt.alone(job, clip):
                     clip.ready = await self._generate(job, drive, clip)
             except LeaseLost:
                 raise
@@ -176,7 +163,7 @@ class Conductor:
             checkpoint_key=f"{job.id}/clip-{clip.index}",
             estimated_gpu_s=job.estimated_gpu_s / len(drive.clips),
         )
-        await self._replicas_to_come(spec.model)
+        await self._claims.replicas_to_come(spec.model)
         clip.stream = self._generators[spec.model].generate.remote(request)
         async for event in clip.stream:
             match event:
@@ -202,19 +189,6 @@ class Conductor:
                     return event
         raise ReplicaLost(f"the generator replica closed the stream of clip {request.clip_id} before its end")
 
-    async def _replicas_to_come(self, model: str) -> None:
-        """Wait for the first replica of a model that BacklogPolicy scales from zero.
-
-        Serve starts a single one for a request that waits, and asks no policy until that is there (2.60, autoscaling_policy.py,
-        _get_cold_start_scale_up_replicas). Without BacklogPolicy it is this request that starts it.
-        """
-        while not await self._has_replica(model) and await patiently(self._store.has_scaler)(model):  # noqa: ASYNC110
-            await asyncio.sleep(0.5)
-
-    async def _has_replica(self, model: str) -> bool:
-        replicas = await patiently(self._store.replicas)()
-        return any(replica.model == model and replica.cluster == self._cluster for replica in replicas)
-
     async def _tell_progress(self, drive: Drive, *, last: bool) -> None:
         now = time.monotonic()
         if drive.stepping_since is None:
@@ -231,28 +205,7 @@ class Conductor:
             job.lost_conductors = 0
             async with drive.writing:
                 await patiently(self._store.write)(drive.lease, setbacks=job.setbacks, lost_conductors=0)
-        await self._let_others(job, clip)
-
-    @asynccontextmanager
-    async def _alone_on_its_last_attempt(self, job: Job, clip: ClipDrive) -> AsyncIterator[None]:
-        """Until a clip on its last attempt has come further, no other such clip runs anywhere: else one that kills its replicas
-        would take down, for good, those that died beside it."""
-        if 0 < job.setbacks.get(clip.index, 0) >= self._settings.max_attempts - 1:
-            while not await self._hold(job, clip):  # noqa: ASYNC110 - another process may hold it
-                await asyncio.sleep(1.0)
-            clip.alone = True
-        try:
-            yield
-        finally:
-            await self._let_others(job, clip)
-
-    async def _hold(self, job: Job, clip: ClipDrive) -> bool:
-        return await patiently(self._store.hold)(LAST_ATTEMPT, _name(job.id, clip), for_s=self._settings.lease_s)
-
-    async def _let_others(self, job: Job, clip: ClipDrive) -> None:
-        if clip.alone:
-            clip.alone = False
-            await patiently(self._store.release)(LAST_ATTEMPT, _name(job.id, clip))
+        await self._last_attempt.let_others(job.id, clip)
 
     async def _finish(self, job: Job, drive: Drive, clips: list[ClipReady], receipt: dict[str, Any]) -> Delivered:
         """Join, upscale, encode, mark, check and upload on a finisher replica, what it says written as progress."""
@@ -371,45 +324,15 @@ class Conductor:
     # ---- all jobs ---------------------------------------------------------------------------------------------------
 
     async def _claim(self) -> None:
-        """Take, for each model, the job with the earliest deadline that fits what its live replicas can chew; or wait for news."""
-        replicas, running = await self._store.replicas(), await self._store.running()
-        own = [replica for replica in replicas if replica.cluster == self._cluster]
-        placement.HERE.hear(
-            {replica.id: {clip.clip_id: clip.remaining_s for clip in replica.clips} for replica in own},
-            time.monotonic(),
-        )
-        # During an upgrade two clusters share a store: the one whose replicas are still to come leaves the jobs to the other.
-        elsewhere = {replica.model for replica in replicas} - {replica.model for replica in own}
-        found = [
-            await self._claim_one(
-                model,
-                [replica for replica in own if replica.model == model],
-                [job for job in running if job.model == model and job.stage in (None, Stage.GENERATING)],
-            )
-            for model in self._generators.keys() - elsewhere
-            if len(self._drives) < self._settings.max_running_jobs
-        ]
-        if not any(found):
+        """Take what the live replicas can chew, or wait for news."""
+        found = False
+        async for job in self._claims.take(lambda: len(self._drives) < self._settings.max_running_jobs):
+            found = True
+            clips = [ClipDrive(index, shot) for index, shot in enumerate(job.spec.clips)]
+            drive = self._drives[job.id] = Drive(Lease(job.id, job.fencing_token), clips)
+            drive.task = asyncio.create_task(self._drive(job, drive))
+        if not found:
             await self._store.wait("work", timeout_s=0.5)
-
-    async def _claim_one(self, model: str, replicas: list[ReplicaReport], generating: list[JobWork]) -> bool:
-        """Take a job of the model, if one fits. `generating`: those that are claimed and not yet made."""
-        ids = {job.id for job in generating}
-        placed = [[clip for clip in replica.clips if clip.job_id in ids] for replica in replicas]
-        known = {clip.job_id for clips in placed for clip in clips}
-        horizons = claim_horizons(
-            [[Outstanding(clip.deadline, clip.remaining_s) for clip in clips] for clips in placed],
-            [clip for job in generating if job.id not in known for clip in job.outstanding],
-            self._settings.look_ahead_s,
-            time.time(),
-        )
-        job = await self._store.claim(model=model, horizons=horizons, lease_s=self._settings.lease_s)
-        if job is None:
-            return False
-        clips = [ClipDrive(index, shot) for index, shot in enumerate(job.spec.clips)]
-        drive = self._drives[job.id] = Drive(Lease(job.id, job.fencing_token), clips)
-        drive.task = asyncio.create_task(self._drive(job, drive))
-        return True
 
     async def _beat(self) -> None:
         """Renew leases, stop what was cancelled or lost, and queue again what other conductors dropped."""
@@ -419,18 +342,22 @@ class Conductor:
             if answer != "ok" and drive.task and drive.ending is None:
                 drive.ending = JobStatus.CANCELLED if answer == "cancel" else None
                 drive.task.cancel()
-            for clip in [clip for clip in drive.clips if clip.alone]:
-                await self._store.hold(LAST_ATTEMPT, _name(drive.lease.job_id, clip), for_s=self._settings.lease_s)
+            for clip in drive.clips:
+                await self._last_attempt.renew(drive.lease.job_id, clip)
         for job_id in await self._store.reap():
             logger.warning("job %s is queued again: its conductor fell silent", job_id)
         await self._store.wait("cancel", timeout_s=self._settings.lease_s / 4)
 
     async def _forever(self, turn: Any) -> None:
+        away = False
         while True:
             try:
                 await turn()
+                away = False
             except StoreUnavailable as error:
-                logger.warning("%s: %s", turn.__name__, error)
+                if not away:  # once an outage is enough
+                    logger.warning("%s waits for the job store: %s", turn.__name__, error)
+                away = True
                 await asyncio.sleep(1.0)
             except Exception:
                 logger.exception("%s failed; going on", turn.__name__)
@@ -464,26 +391,8 @@ async def _all(makings: Iterable[Coroutine[Any, Any, None]]) -> None:
         await asyncio.wait(tasks)
 
 
-def _name(job_id: str, clip: ClipDrive) -> str:
-    """Of a clip, as holder of a lock."""
-    return f"{job_id}/{clip.index}"
-
-
 def _exhausted(job: Job, reason: str) -> AttemptsExhausted:
     return AttemptsExhausted(
         f"gave up after {job.attempts} attempts: {reason}",
         hint="The record's `failures` tell the story. Submit it again once the cause is known.",
     )
-
-
-def translated(error: Exception) -> WanServeError:
-    """Any failure in the one vocabulary: our own errors out of Ray's wrappers, dead actors and lost objects by name."""
-    if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
-        error = error.cause
-    if isinstance(error, WanServeError):
-        return error
-    if isinstance(error, ObjectLostError):
-        return FramesLost("the replica that held the frames died before they were finished")
-    if isinstance(error, RayActorError):
-        return ReplicaLost(f"a replica died while it worked on the job ({type(error).__name__})")
-    return WanServeError(f"{type(error).__name__}: {error}", hint="This is a defect; please report it with the log.")
