@@ -13,12 +13,11 @@ from serve_app.planner.sweep import cheapest
 
 def print_plan(console: Console, plan: Plan, title: str) -> None:
     """How each job type fares, and what the cluster takes."""
-    table = Table(
-        title=title, caption="waiting: to the first step · latency: to the last frame, finishing not included"
-    )
-    for name, justify in (("job type", "left"), *((n, "right") for n in ("jobs", "in time", "waiting p50 / p95",
-                          "latency p50 / p95", "longest", "cost a job"))):  # fmt: skip
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    caption = "waiting: to the first step; latency: to the last frame, without encoding and upload"
+    table = Table(title=title, caption=caption)
+    table.add_column("job type")
+    for name in ("jobs", "in time", "waiting, s\np50 / p95", "latency, s\np50 / p95", "longest\ns", "cost\na job"):
+        table.add_column(name, justify="right")
     for name, one in plan.types.items():
         table.add_row(name, *_cells(one))
     table.add_section()
@@ -40,9 +39,9 @@ def _cells(one: TypeResult) -> list[str]:
     return [
         f"{one.jobs:,}",
         f"{one.on_time:.1%}",
-        f"{one.wait_p50_s:,.1f} / {one.wait_p95_s:,.1f} s",
-        f"{one.latency_p50_s:,.1f} / {one.latency_p95_s:,.1f} s",
-        f"{one.latency_max_s:,.0f} s",
+        f"{one.wait_p50_s:,.1f} / {one.wait_p95_s:,.1f}",
+        f"{one.latency_p50_s:,.1f} / {one.latency_p95_s:,.1f}",
+        f"{one.latency_max_s:,.0f}",
         f"{one.cost_per_job:.4f}",
     ]
 
@@ -56,8 +55,8 @@ def print_sweep(console: Console, plans: Sequence[Plan], axes: Sequence[str], ta
     best = cheapest(plans, target)
     table = Table(title=f"{len(plans)} settings; * the cheapest with {target:.1%} of the jobs in time")
     table.add_column("")
-    for name in (*axes, "in time", "utilisation", "cold starts", "node hours", "cost", "cost a video"):
-        table.add_column(name, justify="right")
+    for name in (*axes, "in time", "GPU use", "cold starts", "node hours", "cost", "cost a video"):
+        table.add_column(name, justify="right", overflow="fold")
     for plan in sorted(plans, key=lambda one: (one.cost, one.node_hours)):
         values = [f"{getattr(plan.settings, name):g}" for name in axes]
         style = "bold green" if plan is best else ("" if plan.on_time >= target else "dim")
