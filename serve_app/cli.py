@@ -19,6 +19,7 @@ from serve_app.client import DEFAULT_URL, AsyncClient, Client
 from serve_app.errors import WanServeError
 from serve_app.jobs.job import JobStatus
 from serve_app.jobs.presets import JobType
+from serve_app.planner.command import plan_command
 from serve_app.terminal import Ended, print_facts, print_provenance, watch_jobs
 
 JOB_FAILED, BAD_REQUEST, SERVICE_TROUBLE, INTERRUPTED = 1, 2, 3, 130
@@ -262,6 +263,9 @@ def doctor(config: Config = LOCAL_CONFIG) -> None:
         if finding.advice:
             console.print(f"                 {escape(finding.advice)}", soft_wrap=True, highlight=False)
     raise typer.Exit(JOB_FAILED if failed else 0)
+
+
+app.command("plan")(plan_command)
 
 
 if __name__ == "__main__":
