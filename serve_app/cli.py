@@ -19,6 +19,7 @@ from serve_app.client import DEFAULT_URL, AsyncClient, Client
 from serve_app.errors import WanServeError
 from serve_app.jobs.job import JobStatus
 from serve_app.jobs.presets import JobType
+from serve_app.planner.command import plan_command
 from serve_app.terminal import Ended, print_facts, print_provenance, watch_jobs
 
 if TYPE_CHECKING:
@@ -261,6 +262,7 @@ def doctor(config: Config = LOCAL_CONFIG) -> None:
     raise typer.Exit(JOB_FAILED if failed else 0)
 
 
+<<<<<<< HEAD
 @app.command()
 def top(
     config: Config = LOCAL_CONFIG,
@@ -285,6 +287,9 @@ def _settings_in(config: Path) -> "Settings":
     except ValueError as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(BAD_REQUEST) from None
+=======
+app.command("plan")(plan_command)
+>>>>>>> main
 
 
 if __name__ == "__main__":

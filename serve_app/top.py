@@ -138,8 +138,9 @@ async def watch(settings: Settings, console: Console, *, once: bool, every_s: fl
     store = JobStore(settings.resolved_store_url, prefix=settings.store_prefix)
     try:
         if once:
-            width = console.width if console.is_terminal else SCRIPTS_WIDTH
-            console.print(shown(await look(store, settings)), width=width)
+            if not console.is_terminal:
+                console.width = SCRIPTS_WIDTH
+            console.print(shown(await look(store, settings)))
             return
         with Live(console=console, screen=True, auto_refresh=False) as page:
             while True:
