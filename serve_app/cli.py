@@ -262,7 +262,6 @@ def doctor(config: Config = LOCAL_CONFIG) -> None:
     raise typer.Exit(JOB_FAILED if failed else 0)
 
 
-<<<<<<< HEAD
 @app.command()
 def top(
     config: Config = LOCAL_CONFIG,
@@ -278,6 +277,9 @@ def top(
         raise typer.Exit(INTERRUPTED) from None
 
 
+app.command("plan")(plan_command)
+
+
 def _settings_in(config: Path) -> "Settings":
     """The settings in a Serve YAML file, or exit code 2 after saying what is wrong there."""
     from serve_app import up
@@ -287,9 +289,6 @@ def _settings_in(config: Path) -> "Settings":
     except ValueError as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(BAD_REQUEST) from None
-=======
-app.command("plan")(plan_command)
->>>>>>> main
 
 
 if __name__ == "__main__":

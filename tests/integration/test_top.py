@@ -1,5 +1,6 @@
 """`wan-serve top` over a real store with real reports."""
 
+import asyncio
 import subprocess
 import sys
 import time
@@ -29,8 +30,16 @@ def page(now: object) -> str:
     return console.export_text()
 
 
-async def busy(store: JobStore) -> tuple[str, str]:
-    """A late running job, an on-time queued one, two replicas of which one runs the first. Their ids."""
+async def report(store: JobStore, clip: ClipReport) -> None:
+    """As two replicas do, of which the first runs the clip."""
+    idle = ReplicaReport(id="replica-b", node="10.0.0.7", device="cuda", model="wan-1.3b", source="hub", trained=True)
+    await store.report_replica(idle)
+    runs = {"id": "replica-a", "clips": [clip], "running": clip.clip_id, "busy_share": 0.93}
+    await store.report_replica(idle.model_copy(update=runs))
+
+
+async def busy(store: JobStore) -> ClipReport:
+    """A late running job, an on-time queued one, two replicas of which one runs the first: its clip."""
     await store.submit(make_job(deadline_in_s=-300.0), max_queued=10)
     running, lease = await claim(store)
     await store.write(lease, stage=Stage.GENERATING)
@@ -42,11 +51,11 @@ async def busy(store: JobStore) -> tuple[str, str]:
     await store.report_replica(report.model_copy(update={"clips": [clip], "running": clip.clip_id, "busy_share": 0.93}))
     await store.report_replica(report.model_copy(update={"id": "replica-b"}))
     await store.note_scaling("wan-1.3b", ScalingNote(at=time.time() - 300, had=1, wanted=2, reason="1 [clip] was late"))
-    return running.id, waiting.id
+    return clip
 
 
 async def test_what_is_there_is_shown(store: JobStore) -> None:
-    running, _ = await busy(store)
+    running = (await busy(store)).job_id
     now = await look(store, Settings(models=PRICED, data_dir=Path("x")))
     small, large = now.models
     assert (small.queued, small.queued_gpu_s, small.running, small.replicas) == (1, 12.0, 1, 2)
@@ -77,17 +86,25 @@ async def test_a_job_that_ended_late_is_not_late_any_more(store: JobStore) -> No
 
 
 async def test_the_command_prints_it_once(store: JobStore, valkey: EmbeddedStore, tmp_path: Path) -> None:
-    running, _ = await busy(store)
-    prefix = store._prefix.strip("{}")
+    clip = await busy(store)
+
+    async def report_on() -> None:  # replicas are forgotten after five seconds, and a command may take longer to start
+        while True:
+            await report(store, clip)
+            await asyncio.sleep(1)
 
     def top(store_url: str) -> subprocess.CompletedProcess[str]:
-        config = {"applications": [{"import_path": "serve_app.app:build", "args": {
-            "data_dir": str(tmp_path), "store_url": store_url, "store_prefix": prefix}}]}  # fmt: skip
+        args = {"data_dir": str(tmp_path), "store_url": store_url, "store_prefix": store._prefix.strip("{}")}
+        config = {"applications": [{"import_path": "serve_app.app:build", "args": args}]}
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
         command = [sys.executable, "-m", "serve_app.cli", "top", "--once", "--config", str(tmp_path / "config.yaml")]
         return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
-    ended = top(valkey.url)
+    reporting = asyncio.create_task(report_on())
+    try:
+        ended = await asyncio.to_thread(top, valkey.url)
+    finally:
+        reporting.cancel()
     assert ended.returncode == 0, ended.stderr
-    assert f"{running} step 7 of 25" in ended.stdout
-    assert top("redis://127.0.0.1:1/0").returncode == 3
+    assert f"{clip.job_id} step 7 of 25" in ended.stdout
+    assert (await asyncio.to_thread(top, "redis://127.0.0.1:1/0")).returncode == 3
