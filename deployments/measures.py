@@ -29,7 +29,6 @@ def begin(settings: Settings) -> None:
         for kept in ("on_time", "late"):
             metrics.DEADLINES.begin(**of, kept=kept)
         metrics.JOBS_TOOK.begin(**of)
-    metrics.STORE_OUTAGES.begin()
 
 
 def job_ended(job: Job, outcome: JobStatus, spent_gpu_s: float, models: Mapping[str, ModelSettings]) -> None:
@@ -60,6 +59,7 @@ class StoreStanding:
 
     def __init__(self) -> None:
         self._away = False
+        metrics.STORE_OUTAGES.begin()
 
     def answers(self) -> None:
         """It did."""

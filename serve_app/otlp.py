@@ -11,6 +11,8 @@ import serve_app
 from serve_app.tracing import NONE, Facts, Span, Tracing, now_ns
 
 SEND_EVERY_MS = 1000
+SEND_WITHIN_S = 2.0
+"""Retries included: so long a replica's end may wait for a collector that is away, and once more."""
 _context = TraceContextTextMapPropagator()
 
 
@@ -46,7 +48,7 @@ class OtlpTracing(Tracing):
             {"service.name": "wan-serve", "service.version": serve_app.__version__, "service.component": part}
         )
         self._provider = TracerProvider(resource=resource)
-        exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces")
+        exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=SEND_WITHIN_S)
         self._provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=SEND_EVERY_MS))
         self._tracer = self._provider.get_tracer("wan-serve", serve_app.__version__)
 

@@ -61,7 +61,7 @@ class Tracing:
         span.end()
 
     def close(self) -> None:
-        """Send what is not sent yet; a second at most."""
+        """Send what is not sent yet; it blocks, a few seconds at most."""
 
 
 class Stages:
