@@ -32,10 +32,7 @@ def begin(settings: Settings) -> None:
 
 
 def job_ended(job: Job, outcome: JobStatus, spent_gpu_s: float, models: Mapping[str, ModelSettings]) -> None:
-    """A job was just driven to its end, with `spent_gpu_s` of device time that was not wasted on the way.
-
-    What a failed job had is wasted, too: nobody is billed for it.
-    """
+    """A job was just driven to its end, with `spent_gpu_s` of device time that was not wasted on the way."""
     now, of = time.time(), {"type": job.spec.type.value, "model": job.spec.model}
     took_s = now - job.created_at
     metrics.JOBS.add(1, **of, outcome=outcome.value)
@@ -45,13 +42,17 @@ def job_ended(job: Job, outcome: JobStatus, spent_gpu_s: float, models: Mapping[
         metrics.JOBS_TOOK.add(took_s, **of)
         metrics.JOB_SECONDS.observe(took_s, **of)
         metrics.DEADLINES.add(1, **of, kept="on_time" if now <= job.deadline else "late")
-    billed, wasted = spent_gpu_s, job.wasted_gpu_s
-    if outcome is JobStatus.FAILED:
-        billed, wasted = 0.0, wasted + spent_gpu_s
-    for use, gpu_s in (("billed", billed), ("wasted", wasted)):
+    for use, gpu_s in gpu_seconds(job, outcome, spent_gpu_s).items():
         metrics.GPU_SECONDS.add(gpu_s, **of, use=use)
         metrics.JOBS_COST.add(models[job.spec.model].cost_of(gpu_s) or 0.0, **of, use=use)
     logger.info("job %s %s after %.1f s, %.1f GPU-seconds", job.id, outcome, took_s, spent_gpu_s)
+
+
+def gpu_seconds(job: Job, outcome: JobStatus, spent_gpu_s: float) -> dict[str, float]:
+    """An ended job's device time, billed and wasted. What a failed job had is wasted, too: nobody is billed for it."""
+    if outcome is JobStatus.FAILED:
+        return {"billed": 0.0, "wasted": job.wasted_gpu_s + spent_gpu_s}
+    return {"billed": spent_gpu_s, "wasted": job.wasted_gpu_s}
 
 
 class StoreStanding:

@@ -1,5 +1,6 @@
 """What ops see of a real run: metrics as Prometheus scrapes them, logs that name their job, the job's trace."""
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
@@ -12,6 +13,9 @@ from deployments import metrics
 from serve_app.api.schemas import JobView
 from serve_app.client import Client
 from serve_app.jobs.job import JobStatus
+from serve_app.jobs.store import JobStore
+from serve_app.top import Now, look
+from serve_app.up import load_config
 from tests.cluster.conftest import PRICE
 from tests.cluster.running_service import RunningService
 from tests.otlp_receiver import OtlpReceiver, Received
@@ -93,6 +97,35 @@ def test_a_job_is_in_the_numbers(service: RunningService, before: Series, job: J
         if metric not in ONLY_IN_TROUBLE:
             assert set(metric.exported) <= now.keys(), metric.name
     assert now.keys() <= {name for metric in metrics.ALL for name in metric.exported}
+
+
+def test_a_job_under_way_is_seen_and_its_end_is_counted(service: RunningService, client: Client) -> None:
+    before = scrape(service)
+    settings = load_config(service.config)[1]
+    job = client.submit("a slow river", "video_high", sample_steps=100)
+
+    async def now() -> Now:
+        store = JobStore(settings.resolved_store_url, prefix=settings.store_prefix)
+        try:
+            return await look(store, settings)
+        finally:
+            await store.close()
+
+    def is_running() -> bool:
+        (replica,) = asyncio.run(now()).replicas
+        return replica.running is not None and replica.running.startswith(job.id) and replica.clips[0].step > 0
+
+    wait_for(is_running, up_to_s=30)
+    (model,) = asyncio.run(now()).models
+    assert (model.running, model.replicas, model.cost_per_hour) == (1, 1, PRICE)
+    wait_for(lambda: total(scrape(service), "running_jobs", model="wan-1.3b") == 1, up_to_s=10)
+    client.cancel(job.id)
+    assert client.wait(job.id).status == JobStatus.CANCELLED
+    ended = {"type": "video_high", "outcome": "cancelled"}
+    wait_for(
+        lambda: total(scrape(service), "jobs_total", **ended) == total(before, "jobs_total", **ended) + 1, up_to_s=10
+    )
+    assert total(scrape(service), "deadlines_total") == total(before, "deadlines_total"), "only what succeeded"
 
 
 def test_every_part_logs_the_job_with_its_id(service: RunningService, job: JobView) -> None:
