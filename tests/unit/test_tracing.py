@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from serve_app.doctor import Verdict, _tracing
 from serve_app.settings import Settings
 from serve_app.tracing import Stages, Tracing
 from tests.otlp_receiver import OtlpReceiver
@@ -52,6 +53,16 @@ def test_a_collector_that_is_away_costs_nothing_but_spans() -> None:
     began = time.monotonic()
     tracing.close()
     assert time.monotonic() - began < 6
+
+
+def test_the_doctor_asks_the_collector() -> None:
+    with OtlpReceiver() as receiver:
+        takes = _tracing(Settings(data_dir=Path("x"), otlp_endpoint=receiver.url))
+        wrong = _tracing(Settings(data_dir=Path("x"), otlp_endpoint=f"{receiver.url}/elsewhere"))
+    away = _tracing(Settings(data_dir=Path("x"), otlp_endpoint="http://127.0.0.1:1"))
+    assert takes.verdict == Verdict.OK
+    assert wrong.verdict == away.verdict == Verdict.NOTE
+    assert "404" in wrong.found
 
 
 def test_where_it_is_off_opentelemetry_is_not_imported() -> None:
