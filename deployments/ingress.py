@@ -16,7 +16,7 @@ from serve_app.settings import Settings
 from serve_app.storage import open_store
 from serve_app.tracing import Tracing
 
-PING_EVERY_S = 5.0
+PING_EVERY_S = 2.0
 
 
 @serve.deployment(num_replicas=1, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)

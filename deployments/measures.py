@@ -14,7 +14,8 @@ from serve_app.settings import ModelSettings, Settings
 
 logger = logging.getLogger(__name__)
 
-READ_EVERY_S = 5.0
+READ_EVERY_S = 2.0
+"""Ray forgets a gauge that nobody set within two of its export intervals (10 s each, unless told otherwise)."""
 MOST_QUEUED = 1000
 """Queued jobs that are read one by one; were there more, the rest are taken to be like them."""
 OUTCOMES = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)

@@ -41,10 +41,11 @@ class JobId(logging.Filter):
 
 
 def join(logger_name: str = "ray.serve", rooms: tuple[str, ...] = ("serve_app", "deployments")) -> None:
-    """Give the loggers of `rooms` the handlers and the level of that logger. To be called once in each replica."""
+    """Give the loggers of `rooms` the handlers and the level of that logger. To be called in each replica."""
     serves = logging.getLogger(logger_name)
     for handler in serves.handlers:
-        handler.addFilter(JobId())
+        if not any(isinstance(each, JobId) for each in handler.filters):
+            handler.addFilter(JobId())
     for room in rooms:
         logger = logging.getLogger(room)
         logger.handlers, logger.propagate = serves.handlers, False

@@ -15,7 +15,7 @@ import psutil
 import yaml
 
 ROOT = Path(__file__).parents[2]
-METRICS_EVERY_SECOND = {"RAY_metrics_report_interval_ms": "1000"}
+METRICS_SOON = {"RAY_metrics_report_interval_ms": "2000"}
 
 
 def free_port() -> int:
@@ -47,7 +47,7 @@ class RunningService:
         command = [sys.executable, "-m", "serve_app.cli", "up", "--config", str(self.config)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=os.environ | METRICS_EVERY_SECOND
+                command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=os.environ | METRICS_SOON
             )
         give_up_at = time.monotonic() + 240
         while not self._is_ready():

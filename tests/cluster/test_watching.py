@@ -69,7 +69,7 @@ def test_a_job_is_in_the_numbers(service: RunningService, before: Series, job: J
 
     of, last = {"type": "image_fast", "model": "wan-1.3b"}, "upload_seconds_count"
     wait_for(lambda: total(scrape(service), last) > total(before, last), up_to_s=20)
-    time.sleep(2)  # the other processes' seconds
+    time.sleep(4)  # the other processes' turn to export
     now = scrape(service)
     assert grown("jobs_total", **of, outcome="succeeded") == 1
     assert grown("jobs_total", **of) == 1
