@@ -38,7 +38,7 @@ def main(
     kinds = [costs.kind(job_type, weight) for job_type, weight in MIX.items()]
     mean_work_s = sum(kind.weight * kind.work_s for kind in kinds) / sum(kind.weight for kind in kinds)
     demand = Mix(kinds, per_hour=3600 * load * gpus / mean_work_s, count=jobs)
-    settings = ClusterSettings(min_replicas=0, max_replicas=gpus)
+    settings = ClusterSettings(min_replicas=0, max_replicas=gpus, look_ahead_s=60.0)
     started_at, cpu_before = time.monotonic(), time.process_time()
     found = plan(demand, settings)
     took_s, cpu_s = time.monotonic() - started_at, time.process_time() - cpu_before
