@@ -313,7 +313,7 @@ def main(
     predicted = predict(types, runs[0])
     print_tables(runs, predicted, console)
     record: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", "benchmarks.burst", *sys.argv[1:]]),
         "speedup": SPEEDUP,
         "boot_s": boot_s,
         "settings": asdict(PRODUCTION),

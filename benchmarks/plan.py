@@ -51,7 +51,7 @@ def main(
         f"  simulated in      {took_s:.1f} s ({cpu_s:.1f} s of one core), {virtual:,.0f} times real time, {peak_mb:.0f} MB"
     )
     record = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", "benchmarks.plan", *sys.argv[1:]]),
         "gpus": gpus,
         "jobs": jobs,
         "load": load,
