@@ -169,7 +169,7 @@ class Settings(BaseSettings):
         default=15.0, ge=1.0, description="A conductor that is silent for so long has lost its jobs to the next one."
     )
     look_ahead_s: float = Field(
-        default=240.0,
+        default=180.0,
         gt=0,
         description="GPU-seconds of claimed work that may wait at a replica. Lower decides order later and leaves more for "
         "replicas to come; higher lets the engine's step policy choose among more (benchmarks/mixed_load.py shows both).",

@@ -82,7 +82,7 @@ def plan_command(  # noqa: PLR0917 (typer calls it by keyword)
     ] = None,
     headroom: Annotated[float | None, typer.Option(help="Work counts as larger by this share. Default: 0.25.")] = None,
     look_ahead_s: Annotated[
-        float | None, typer.Option(help="GPU-seconds of claimed work that may wait at a replica. Default: 240.")
+        float | None, typer.Option(help="GPU-seconds of claimed work that may wait at a replica. Default: 180.")
     ] = None,
     sweep: Annotated[
         list[str] | None,

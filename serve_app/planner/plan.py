@@ -32,7 +32,7 @@ class ClusterSettings:
     target_drain_s: float = 120.0
     downscale_delay_s: float = 300.0
     headroom: float = 0.25
-    look_ahead_s: float = 240.0
+    look_ahead_s: float = 180.0
     price_per_hour: float = 0.0
     """Of a node, in any currency."""
 

@@ -192,7 +192,7 @@ def test_a_sweep_over_nonsense_is_refused(text: str) -> None:
 def test_the_command_reads_the_production_file_and_writes_all_it_found(tmp_path: Path) -> None:
     name, model, settings = read_config(Path("serve_config.yaml"), None)
     assert (name, model.reference_card) == ("wan-1.3b", "RTX 4090")
-    assert (settings["startup_s"], settings["max_replicas"], settings["look_ahead_s"]) == (180, 8, 240.0)
+    assert (settings["startup_s"], settings["max_replicas"], settings["look_ahead_s"]) == (180, 8, 120.0)
     record, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     arguments = [
         "plan",
