@@ -31,7 +31,7 @@ from benchmarks.mixed_load import MIX
 from serve_app.api.admit import admit
 from serve_app.api.schemas import JobRequest
 from serve_app.jobs.job import Job, JobStatus, Stage
-from serve_app.jobs.presets import JobType
+from serve_app.jobs.presets import DEFAULT_MODEL_NAME, JobType
 from serve_app.jobs.store import JobStore
 from serve_app.planner.demand import Costs, Recorded
 from serve_app.planner.plan import ClusterSettings, Plan, plan
@@ -137,9 +137,13 @@ async def run(policy: str, types: Sequence[JobType], boot_s: float, console: Con
     with fleet:
         store = JobStore(fleet.store.url)
         try:
-            return await _measure(policy, types, fleet, store, console)
+            found = await _measure(policy, types, fleet, store, console)
         finally:
             await store.close()
+    console.print(
+        f"{policy}: {found.in_time()} jobs in time, {found.node_s / 3600:.2f} node hours; {found}", highlight=False
+    )
+    return found
 
 
 async def _measure(policy: str, types: Sequence[JobType], fleet: BurstFleet, store: JobStore, console: Console) -> Run:
@@ -166,7 +170,7 @@ async def _measure(policy: str, types: Sequence[JobType], fleet: BurstFleet, sto
         await asyncio.sleep(0.5)
     ended_s = (time.time() - start) * SPEEDUP
     lives = sorted(fleet.node_lives().values(), key=lambda life: life["came_at"])
-    asked_at = [note.at for note in fleet.scaling_notes() if note.wanted > note.had]
+    asked_at = [note.at for note in await store.scaling_notes(DEFAULT_MODEL_NAME) if note.wanted > note.had]
     asked = [max([at for at in asked_at if at <= life["asked_at"]], default=life["asked_at"]) for life in lives]
     pairs = list(zip(sorted(ready.values()), lives, strict=False))
     return Run(
@@ -300,25 +304,16 @@ def main(
         typer.Option(
             help="Real seconds that a node boots before it starts, so that the whole start is about startup_s / SPEEDUP."
         ),
-    ] = 42.0,
-    only: Annotated[str | None, typer.Option(help="One run only (wan-serve), nothing written: to find boot_s.")] = None,
+    ] = 45.0,
     out: Annotated[Path, typer.Option(help="Where to write, without suffix.")] = Path("benchmarks/results/burst"),
 ) -> None:
     """Both runs, the prediction, and what they were."""
     console, types = Console(width=140), burst(jobs, seed)
-    runs = [
-        asyncio.run(run(policy, types, boot_s, console))
-        for policy in ("wan-serve", "Serve's own")
-        if only in (None, policy)
-    ]
-    if runs[0].policy == "wan-serve":
-        predicted = predict(types, runs[0])
+    runs = [asyncio.run(run(policy, types, boot_s, console)) for policy in ("wan-serve", "Serve's own")]
+    predicted = predict(types, runs[0])
     print_tables(runs, predicted, console)
-    if only is not None:
-        console.print({name: value for name, value in asdict(runs[0]).items() if name != "timeline"})
-        return
     record: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", "benchmarks.burst", *sys.argv[1:]]),
         "speedup": SPEEDUP,
         "boot_s": boot_s,
         "settings": asdict(PRODUCTION),

@@ -21,7 +21,7 @@ from rich.console import Console
 from benchmarks.mixed_load import MIX
 from serve_app.planner.demand import Costs, Mix
 from serve_app.planner.plan import ClusterSettings, plan
-from serve_app.planner.show import plot, print_plan
+from serve_app.planner.show import plot_plan, print_plan
 
 CARD = "RTX 4090"
 
@@ -38,7 +38,7 @@ def main(
     kinds = [costs.kind(job_type, weight) for job_type, weight in MIX.items()]
     mean_work_s = sum(kind.weight * kind.work_s for kind in kinds) / sum(kind.weight for kind in kinds)
     demand = Mix(kinds, per_hour=3600 * load * gpus / mean_work_s, count=jobs)
-    settings = ClusterSettings(min_replicas=0, max_replicas=gpus)
+    settings = ClusterSettings(min_replicas=0, max_replicas=gpus, look_ahead_s=60.0, price_per_hour=0.4)
     started_at, cpu_before = time.monotonic(), time.process_time()
     found = plan(demand, settings)
     took_s, cpu_s = time.monotonic() - started_at, time.process_time() - cpu_before
@@ -51,7 +51,7 @@ def main(
         f"  simulated in      {took_s:.1f} s ({cpu_s:.1f} s of one core), {virtual:,.0f} times real time, {peak_mb:.0f} MB"
     )
     record = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", "benchmarks.plan", *sys.argv[1:]]),
         "gpus": gpus,
         "jobs": jobs,
         "load": load,
@@ -63,7 +63,7 @@ def main(
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    plot(found, title, out.with_suffix(".png"))
+    plot_plan(found, title, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

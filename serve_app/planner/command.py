@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ from serve_app.scheduling.cost import ARCHITECTURES, CARDS
 
 if TYPE_CHECKING:
     from serve_app.planner.demand import Costs, Demand, Mix, Recorded
-    from serve_app.planner.plan import ClusterSettings, Plan
+    from serve_app.planner.plan import ClusterSettings
     from serve_app.settings import ModelSettings
 
 TARGET_MISSED = 1
@@ -99,7 +100,7 @@ def plan_command(  # noqa: PLR0917 (typer calls it by keyword)
         ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the plan (with --sweep: the best one) into this file.")
+        Path | None, typer.Option(help="Draw the plan (with --sweep: all settings, by their cost) into this file.")
     ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write all figures to this file. `-`: print them, and nothing else.")
@@ -120,7 +121,7 @@ def plan_command(  # noqa: PLR0917 (typer calls it by keyword)
     is made by its deadline; encoding and upload, on CPUs, are not simulated. Costs are paid node time, shared among the jobs by work.
     """
     from serve_app.planner.plan import plan  # here, since other commands need none of it
-    from serve_app.planner.show import print_sweep
+    from serve_app.planner.show import plot_plan, plot_sweep, print_plan, print_sweep
     from serve_app.planner.sweep import axes_of, cheapest, combinations
     from serve_app.planner.sweep import sweep as try_all
 
@@ -150,25 +151,21 @@ def plan_command(  # noqa: PLR0917 (typer calls it by keyword)
             plans = try_all(demand, tried, told)
         print_sweep(console, plans, list(axes), target)
         best = cheapest(plans, target) or max(plans, key=lambda one: one.on_time)
-        title += ": " + ", ".join(f"{axis} {getattr(best.settings, axis):g}" for axis in axes)
+        print_plan(console, best, title + ": " + ", ".join(f"{axis} {getattr(best.settings, axis):g}" for axis in axes))
+        draw = partial(plot_sweep, plans, list(axes), target)
     else:
         with _telling("{:,} jobs done") as told:
             best = plan(demand, settings, told)
         plans = [best]
-    _show(console, best, title, plot)
+        print_plan(console, best, title)
+        draw = partial(plot_plan, best)
+    if plot is not None:
+        draw(title, plot)
+        console.print(f"Written: {plot}")
     _write(console, {"title": title, "target": target, "best": best, "plans": plans if axes else []}, json_path)
     if target is not None and best.on_time < target:
         console.print(f"[red]The target is missed:[/] {best.on_time:.1%} of the jobs in time, not {target:.1%}.")
         raise typer.Exit(TARGET_MISSED)
-
-
-def _show(console: Console, best: "Plan", title: str, picture: Path | None) -> None:
-    from serve_app.planner.show import plot, print_plan
-
-    print_plan(console, best, title)
-    if picture is not None:
-        plot(best, title, picture)
-        console.print(f"Written: {picture}")
 
 
 def _write(console: Console, data: dict[str, Any], path: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -67,18 +68,9 @@ def print_sweep(console: Console, plans: Sequence[Plan], axes: Sequence[str], ta
     console.print(table)
 
 
-def plot(plan: Plan, title: str, path: Path) -> None:
+def plot_plan(plan: Plan, title: str, path: Path) -> None:
     """Replicas and queue over time, deadlines kept, waiting and latency by type, cost. Raises InvalidValue without matplotlib."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise InvalidValue(
-            "a plot needs matplotlib, which is not installed",
-            hint="pip install 'wan-serve[plan]', or leave --plot out.",
-        ) from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     figure, ((top, kept), (waits, costs)) = pyplot.subplots(2, 2, figsize=(12, 7), width_ratios=(2, 1))
     start = plan.timeline[0].at_s if plan.timeline else 0.0
     hours = [(moment.at_s - start) / 3600 for moment in plan.timeline]
@@ -111,8 +103,52 @@ def plot(plan: Plan, title: str, path: Path) -> None:
     costs.bar(names, [one.cost_per_job for one in results])
     costs.set(title=f"cost a job; utilisation {plan.utilisation:.0%}, {plan.cold_starts} cold starts")
     costs.tick_params(axis="x", labelsize=8)
+    _save(figure, title, path)
+
+
+def plot_sweep(plans: Sequence[Plan], axes: Sequence[str], target: float, title: str, path: Path) -> None:
+    """What each setting gives for its cost: jobs in time, waiting, GPU use and cold starts. Raises InvalidValue without matplotlib."""
+    figure, panels = _pyplot().subplots(2, 2, figsize=(12, 8), sharex=True)
+    best, costs = cheapest(plans, target), [plan.cost or plan.node_hours for plan in plans]
+    waits_s = [max(one.wait_p95_s for one in plan.types.values()) for plan in plans]
+    shown: dict[str, list[float]] = {
+        "jobs in time, %": [100 * plan.on_time for plan in plans],
+        "waiting p95 of the job type that waits longest, s": waits_s,
+        "GPU use, % of the paid time": [100 * plan.utilisation for plan in plans],
+        "cold starts of replicas": [plan.cold_starts for plan in plans],
+    }
+    for panel, (name, values) in zip(panels.flat, shown.items(), strict=True):
+        panel.scatter(costs, values, c=["tab:green" if plan is best else "tab:blue" for plan in plans])
+        panel.set_title(name, fontsize=10)
+        for plan, cost, value in zip(plans, costs, values, strict=True):
+            label = ", ".join(f"{getattr(plan.settings, axis):g}" for axis in axes)
+            panel.annotate(label, (cost, value), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    panels[0][0].axhline(100 * target, color="grey", linestyle=":", linewidth=0.8)
+    for panel in panels[1]:
+        panel.set_xlabel("cost" if plans[0].cost else "node hours")
+    _save(figure, f"{title}; points: {', '.join(axes)}; green: the cheapest that meets the target", path)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise InvalidValue(
+            "a plot needs matplotlib, which is not installed",
+            hint="pip install 'wan-serve[plan]', or leave --plot out.",
+        ) from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise InvalidValue(f"--plot {path}: {error}") from None
+    _pyplot().close(figure)

@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from serve_app.scheduling.claim import Outstanding
 
@@ -127,13 +128,13 @@ class Scaler:
         ready_at = now + self.rules.startup_s
         target_drain_s = self.rules.target_drain_s
 
-        def until(clip: Outstanding) -> float:
-            work_s = clip.remaining_s
-            return clip.deadline if ready_at + work_s <= clip.deadline else ready_at + max(target_drain_s, work_s)
-
-        clips = [(until(clip), -1, clip.remaining_s) for clip in backlog.queued]
-        for replica, held in enumerate(backlog.replicas):
-            clips += [(until(clip), replica, clip.remaining_s) for clip in held]
+        clips = []
+        for replica, group in enumerate(chain([backlog.queued], backlog.replicas), start=-1):
+            for clip in group:
+                work_s, until = clip.remaining_s, clip.deadline
+                if ready_at + work_s > until:
+                    until = ready_at + max(target_drain_s, work_s)
+                clips.append((until, replica, work_s))
         clips.sort()
         return clips
 

@@ -214,6 +214,18 @@ def test_the_command_reads_the_production_file_and_writes_all_it_found(tmp_path:
     assert "in time" in done.output
 
 
+def test_the_command_sweeps_marks_the_best_and_draws_all(tmp_path: Path) -> None:
+    record, picture = tmp_path / "plans.json", tmp_path / "plans.svg"
+    arguments = ["plan", "--jobs", "60", "--sweep", "max_replicas=1,8", "--target", "0.9"]
+    done = CliRunner().invoke(app, [*arguments, "--json", str(record), "--plot", str(picture)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(record.read_text())
+    assert [one["settings"]["max_replicas"] for one in found["plans"]] == [1, 8]
+    meeting = [one for one in found["plans"] if one["on_time"] >= 0.9]
+    assert found["best"] == min(meeting, key=lambda one: one["node_hours"])
+    assert "</svg>" in picture.read_text()
+
+
 def test_a_missed_target_is_an_exit_code() -> None:
     done = CliRunner().invoke(app, ["plan", "--jobs", "50", "--min-replicas", "0", "--load", "0.1", "--target", "1"])
     assert done.exit_code == 1
