@@ -3,7 +3,7 @@
     python -m benchmarks.dashboard --seconds 180        # needs the binary `prometheus` (Debian: apt-get install prometheus)
 
 The panels are drawn by matplotlib from `cluster/observability/dashboard.json`: same queries, same places, but not Grafana. The run has
-the tiny model, a job that is cancelled and a killed replica, so that what is about trouble has something to show.
+the tiny model, a job that is cancelled and a replica that is killed at work, so that what is about trouble has something to show.
 """
 
 import argparse
@@ -75,6 +75,8 @@ def load(service: RunningService, until: float, seed: int = 7) -> None:
                 client.cancel(job.id)
             if not killed and time.time() > halfway:
                 killed = True
+                long = client.submit("a lighthouse in a storm", JobType.VIDEO_HIGH, sample_steps=40, video_length=21)
+                next(event for event in client.events(long.id) if event.name == "progress")
                 service.replica("Generator").kill()
             time.sleep(draw.expovariate(1.0))
 
