@@ -10,23 +10,24 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments import measures, metrics
 from deployments.claims import Claims
-from deployments.drive import ClipDrive, Drive
+from deployments.drive import ClipDrive, Drive, trace_of
+from deployments.forever import forever
 from deployments.generator import ClipReady
 from deployments.last_attempt import LastAttempt
 from deployments.patience import patiently
-from deployments.translated import translated
+from deployments.translated import exhausted, too_long, translated
+from serve_app import logs
 from serve_app.engine.checkpoints import CheckpointStore
 from serve_app.engine.clip import CheckpointSaved, ClipFailed, ClipRequest, ClipStarted, Preview, StepDone
 from serve_app.errors import (
-    AttemptsExhausted,
     CheckpointUnavailable,
     ClipCancelled,
     FramesLost,
     LeaseLost,
     ReplicaLost,
     StoreUnavailable,
-    TimeLimitExceeded,
     WanServeError,
 )
 from serve_app.jobs.job import MAX_FAILURES, Delivered, Failure, Job, JobStatus, Progress, Stage, StageProgress
@@ -38,6 +39,7 @@ from serve_app.jobs.retention import Sweeper
 from serve_app.jobs.store import JobStore, Lease
 from serve_app.settings import Settings
 from serve_app.storage import open_store
+from serve_app.tracing import Tracing
 from serve_app.webhooks.loop import Courier
 
 logger = logging.getLogger(__name__)
@@ -59,37 +61,43 @@ class Conductor:
     async def __init__(
         self, settings: Settings, generators: dict[str, DeploymentHandle], finisher: DeploymentHandle
     ) -> None:
+        logs.join()
         self._settings = settings
         self._generators = {model: generator.options(stream=True) for model, generator in generators.items()}
         self._finisher = finisher.options(stream=True)
         self._store = JobStore(settings.resolved_store_url, prefix=settings.store_prefix)
         self._checkpoints = CheckpointStore(settings.resolved_checkpoint_url)
         self._sweeper = Sweeper(self._store, open_store(settings), settings, self._checkpoints)
+        self._tracing = Tracing.of(settings, "Conductor")
         self._claims = Claims(self._store, settings, self._generators.keys())
         self._last_attempt = LastAttempt(self._store, max_attempts=settings.max_attempts, lease_s=settings.lease_s)
         self._drives: dict[str, Drive] = {}
         self._courier = Courier.of(settings, self._store)
+        queue = measures.QueueWatch(self._store, list(settings.models))
+        measures.begin(settings)
         turns = (self._claim, self._beat, self._courier.turn, self._sweeper.turn)
-        self._loops = [asyncio.create_task(self._forever(turn)) for turn in turns]
+        loops = [*(forever(turn) for turn in turns), forever(queue.read, measures.READ_EVERY_S)]
+        self._loops = [asyncio.create_task(loop) for loop in loops]
 
     # ---- one job ----------------------------------------------------------------------------------------------------
 
     async def _run(self, job: Job, drive: Drive) -> None:
         """Generate every clip, finish, deliver; what fails is tried again as `next_try` says. Each line that returns was
         written down."""
-        lease, finish_attempt = drive.lease, 1
+        finish_attempt = 1
         if job.lost_conductors >= MAX_LOST_CONDUCTORS:
-            raise _exhausted(job, f"{job.lost_conductors} conductors fell silent while they drove it")
+            raise exhausted(job, f"{job.lost_conductors} conductors fell silent while they drove it")
         while True:
             if missing := [clip for clip in drive.clips if clip.ready is None]:
-                await self._enter(job, lease, Stage.GENERATING, progress=Progress())
+                await self._enter(job, drive, Stage.GENERATING, progress=Progress())
                 try:
                     await _all(self._make(job, drive, clip) for clip in missing)
                 except MakeAgain:
                     drive.start_anew()
                     continue
             ready = [clip.ready for clip in drive.clips if clip.ready is not None]
-            await self._enter(job, lease, Stage.FINISHING, gpu_s=sum(clip.receipt.gpu_s for clip in ready))
+            job.gpu_s = sum(clip.receipt.gpu_s for clip in ready)
+            await self._enter(job, drive, Stage.FINISHING, gpu_s=job.gpu_s)
             try:
                 receipt = make_receipt(job, [clip.receipt for clip in ready])
                 delivered = await self._finish(job, drive, ready, receipt)
@@ -107,8 +115,9 @@ class Conductor:
                     drive.start_anew()
                     continue
                 finish_attempt += 1
-        await patiently(self._store.finish)(
-            lease,
+        await self._end(
+            job,
+            drive,
             JobStatus.SUCCEEDED,
             {"artifacts": [artifact.name for artifact in delivered.artifacts]},
             progress=drive.progress().model_copy(update={"eta_s": 0.0}),
@@ -128,6 +137,7 @@ class Conductor:
                 clip.let_go()
                 clip.step = 0
                 job.wasted_gpu_s += clip.at_risk_gpu_s
+                clip.spent_gpu_s = clip.saved_gpu_s
                 setbacks = job.setbacks.get(clip.index, 0)
                 counted = await self._try_again(
                     job, drive, translated(error), setbacks + 1, self._settings.max_attempts
@@ -164,7 +174,7 @@ class Conductor:
             estimated_gpu_s=job.estimated_gpu_s / len(drive.clips),
         )
         await self._claims.replicas_to_come(spec.model)
-        clip.stream = self._generators[spec.model].generate.remote(request)
+        clip.stream = self._generators[spec.model].generate.remote(request, drive.trace.traceparent)
         async for event in clip.stream:
             match event:
                 case ClipStarted():
@@ -209,14 +219,14 @@ class Conductor:
 
     async def _finish(self, job: Job, drive: Drive, clips: list[ClipReady], receipt: dict[str, Any]) -> Delivered:
         """Join, upscale, encode, mark, check and upload on a finisher replica, what it says written as progress."""
-        stream = self._finisher.finish.remote(job, [clip.frames for clip in clips], receipt)
+        stream = self._finisher.finish.remote(job, [clip.frames for clip in clips], receipt, drive.trace.traceparent)
         drive.enter_stage()
         try:
             async for update in stream:
                 match update:
                     case Stage():
                         drive.enter_stage()
-                        await self._enter(job, drive.lease, update, progress=drive.progress())
+                        await self._enter(job, drive, update, progress=drive.progress())
                     case StageProgress():
                         drive.stage = update
                         await self._tell_progress(drive, last=update.done == update.total)
@@ -238,6 +248,7 @@ class Conductor:
         failure = Failure(
             at=time.time(), stage=job.stage, attempt=attempt, code=error.code, message=error.message, then=then
         )
+        metrics.FAILURES.add(code=error.code, then="retried" if move else "gave_up")
         job.failures = [*job.failures, failure][-MAX_FAILURES:]
         if move and move.degraded:
             job.degraded = move.degraded
@@ -253,15 +264,16 @@ class Conductor:
                 spec=job.spec,
             )
         if move is None:
-            raise _exhausted(job, error.message) if isinstance(error, ReplicaLost) else error
+            raise exhausted(job, error.message) if isinstance(error, ReplicaLost) else error
         if move.degraded:
             raise MakeAgain
         await asyncio.sleep(move.delay_s)
         return move.counts
 
-    async def _enter(self, job: Job, lease: Lease, stage: Stage, **fields: Any) -> None:
+    async def _enter(self, job: Job, drive: Drive, stage: Stage, **fields: Any) -> None:
         job.stage = stage
-        await patiently(self._store.write)(lease, "stage", {"stage": stage}, stage=stage, **fields)
+        drive.trace.enter(stage.value)
+        await patiently(self._store.write)(drive.lease, "stage", {"stage": stage}, stage=stage, **fields)
 
     async def _tell(self, lease: Lease, event: str, data: dict[str, Any], **fields: Any) -> None:
         """For news that is worth one try: the next step brings newer."""
@@ -286,20 +298,24 @@ class Conductor:
                 if drive.ending is not None:  # it was told to stop while it already failed
                     await self._stopped(job, drive)
                 else:
-                    await self._failed(job, drive, self._too_long() if limit.expired() else translated(error))
+                    await self._failed(
+                        job, drive, too_long(self._settings.time_limit_s) if limit.expired() else translated(error)
+                    )
             await asyncio.to_thread(self._checkpoints.delete, job.id)
         except LeaseLost as error:
             logger.warning("%s", error)
         except CheckpointUnavailable as error:
             logger.warning("job %s: its checkpoints are left to the sweep: %s", job.id, error)
         finally:
+            drive.trace.end(failed="its drive ended here")  # without effect where it has ended by itself
             drive.let_go()
             del self._drives[job.id]
 
     async def _stopped(self, job: Job, drive: Drive) -> None:
         """The drive's task was cancelled: by the job's user, because this conductor goes away, or for a lost lease."""
         if drive.ending == JobStatus.CANCELLED:
-            await patiently(self._store.finish)(drive.lease, JobStatus.CANCELLED, gpu_s=drive.spent_gpu_s)
+            job.gpu_s = drive.spent_gpu_s
+            await self._end(job, drive, JobStatus.CANCELLED, gpu_s=job.gpu_s)
             return
         if drive.ending == JobStatus.QUEUED:
             await self._store.requeue(drive.lease, "its conductor was stopped")
@@ -311,15 +327,16 @@ class Conductor:
             await self._stopped(job, drive)
             return
         logger.error("job %s failed: %s: %s", job.id, error.code, error, exc_info=error)
-        await patiently(self._store.finish)(
-            drive.lease, JobStatus.FAILED, {"error": error.info.model_dump()}, error=error.info
-        )
+        job.gpu_s = drive.spent_gpu_s
+        await self._end(job, drive, JobStatus.FAILED, {"error": error.info.model_dump()}, error=error.info)
 
-    def _too_long(self) -> TimeLimitExceeded:
-        limit_s = self._settings.time_limit_s
-        return TimeLimitExceeded(
-            f"the job took longer than {limit_s:g} s", hint="Ask for less work, or raise the setting time_limit_s."
-        )
+    async def _end(
+        self, job: Job, drive: Drive, status: JobStatus, data: dict[str, Any] | None = None, **fields: Any
+    ) -> None:
+        await patiently(self._store.finish)(drive.lease, status, data, **fields)
+        measures.job_ended(job, status, job.gpu_s, self._settings.models)
+        error = fields.get("error")
+        drive.trace.end(failed=error and error.message, facts={"outcome": status.value, "gpu_s": job.gpu_s})
 
     # ---- all jobs ---------------------------------------------------------------------------------------------------
 
@@ -330,7 +347,9 @@ class Conductor:
             found = True
             clips = [ClipDrive(index, shot) for index, shot in enumerate(job.spec.clips)]
             drive = self._drives[job.id] = Drive(Lease(job.id, job.fencing_token), clips)
-            drive.task = asyncio.create_task(self._drive(job, drive))
+            drive.trace = trace_of(job, self._tracing)
+            with logs.about(job.id):
+                drive.task = asyncio.create_task(self._drive(job, drive))
         if not found:
             await self._store.wait("work", timeout_s=0.5)
 
@@ -348,21 +367,6 @@ class Conductor:
             logger.warning("job %s is queued again: its conductor fell silent", job_id)
         await self._store.wait("cancel", timeout_s=self._settings.lease_s / 4)
 
-    async def _forever(self, turn: Any) -> None:
-        away = False
-        while True:
-            try:
-                await turn()
-                away = False
-            except StoreUnavailable as error:
-                if not away:  # once an outage is enough
-                    logger.warning("%s waits for the job store: %s", turn.__name__, error)
-                away = True
-                await asyncio.sleep(1.0)
-            except Exception:
-                logger.exception("%s failed; going on", turn.__name__)
-                await asyncio.sleep(1.0)
-
     async def __del__(self) -> None:
         """Give every job back, so that the next conductor can go on at once."""
         if not hasattr(self, "_loops"):
@@ -376,6 +380,7 @@ class Conductor:
         tasks = [drive.task for drive in self._drives.values() if drive.task]
         if tasks:
             await asyncio.wait(tasks, timeout=3)
+        await asyncio.to_thread(self._tracing.close)
         await self._courier.close()
         await self._store.close()
 
@@ -389,10 +394,3 @@ async def _all(makings: Iterable[Coroutine[Any, Any, None]]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-
-
-def _exhausted(job: Job, reason: str) -> AttemptsExhausted:
-    return AttemptsExhausted(
-        f"gave up after {job.attempts} attempts: {reason}",
-        hint="The record's `failures` tell the story. Submit it again once the cause is known.",
-    )

@@ -1,5 +1,6 @@
 """A real `wan-serve up` in processes of its own, that tests may talk to, kill and start again."""
 
+import os
 import re
 import signal
 import socket
@@ -14,6 +15,7 @@ import psutil
 import yaml
 
 ROOT = Path(__file__).parents[2]
+METRICS_SOON = {"RAY_metrics_report_interval_ms": "2000"}
 
 
 def free_port() -> int:
@@ -26,6 +28,7 @@ def write_config(folder: Path, *, http: dict[str, Any] | None = None, **args: An
     """`cluster/local.yaml` with a data folder and a port of its own."""
     config = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
     config["http_options"] |= {"port": free_port()} | (http or {})
+    config["logging_config"] |= {"encoding": "JSON"}
     config["applications"][0]["args"] = {"data_dir": str(folder / "data"), "lease_s": 2.0} | args
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -43,7 +46,9 @@ class RunningService:
     def start(self) -> None:
         command = [sys.executable, "-m", "serve_app.cli", "up", "--config", str(self.config)]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=os.environ | METRICS_SOON
+            )
         give_up_at = time.monotonic() + 240
         while not self._is_ready():
             if self.process.poll() is not None or time.monotonic() > give_up_at:
