@@ -145,8 +145,8 @@ class Generator:
     ) -> AsyncIterator[ClipEvent | ClipReady]:
         """The clip's events as they happen, ending with `ClipReady` or `ClipFailed`. Closing the stream frees the GPU."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[ClipEvent]()
-        trace = ClipTrace(self._tracing, request, traceparent, replica=self._identity.id)
         self._engine.submit(request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+        trace = ClipTrace(self._tracing, request, traceparent, replica=self._identity.id)
         try:
             while True:
                 event = await events.get()

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from deployments import metrics
-from serve_app.engine.clip import CheckpointSaved, ClipDone, ClipEvent, ClipRequest, StepDone
+from serve_app.engine.clip import ClipDone, ClipEvent, ClipRequest, StepDone
 from serve_app.engine.report import EngineCounts, EngineReport
 from serve_app.jobs.job import Job, JobStatus
 from serve_app.jobs.presets import JobType
@@ -123,8 +123,6 @@ class ReplicaWatch:
                 metrics.STEP.observe(1000 * event.step_s, **of)
             case ClipDone():
                 metrics.DECODE.observe(event.receipt.decode_ms / 1000, **of)
-            case CheckpointSaved():
-                metrics.CHECKPOINTS.add(model=self._model)
 
     def report(self, report: EngineReport) -> None:
         """What the engine says of itself now; its difference to what it said before is counted."""
@@ -136,6 +134,7 @@ class ReplicaWatch:
         metrics.PREEMPTIONS.add(counts.preemptions - before.preemptions, model=model)
         metrics.PROMPT_EMBEDS.add(counts.embeds_reused - before.embeds_reused, model=model, cache="hit")
         metrics.PROMPT_EMBEDS.add(counts.embeds_computed - before.embeds_computed, model=model, cache="miss")
+        metrics.CHECKPOINTS.add(counts.checkpoints - before.checkpoints, model=model)
         metrics.CHECKPOINT_FAILURES.add(report.checkpoint_failures - self._checkpoint_failures, model=model)
         self.busy_share = min(1.0, busy_s / held_s) if held_s > 0 else 0.0
         self._seen_at, self._counts, self._checkpoint_failures = now, counts, report.checkpoint_failures

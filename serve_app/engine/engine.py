@@ -171,7 +171,7 @@ class Engine:
         """The clips that are alive, what runs, and how much work is left."""
         alive = [clip for clip in self._clips.all() if clip.ending is None]
         text = self.runner.text
-        counts = EngineCounts(self._busy_s, self._preemptions, text.reused, text.computed)
+        counts = EngineCounts(self._busy_s, self._preemptions, text.reused, text.computed, self._saving.written)
         return report_of(alive, self._running, self.speed, self._saving.failures, counts)
 
     def check(self) -> None:

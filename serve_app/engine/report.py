@@ -36,6 +36,8 @@ class EngineCounts:
     """Prompts whose embeddings were there from before."""
     embeds_computed: int = 0
     """Prompts that the text encoder had to be run for."""
+    checkpoints: int = 0
+    """Checkpoints that were written."""
 
 
 @dataclass(frozen=True)

@@ -135,8 +135,8 @@ def test_every_part_logs_the_job_with_its_id(service: RunningService, job: JobVi
         for record in map(json.loads, file.read_text().splitlines()):
             if record.get("job_id") == job.id:
                 said.setdefault(record["deployment"], []).append(record["message"])
-    assert said.keys() == {"Ingress", "Conductor", "Generator", "Finisher"}
-    assert any("succeeded after" in message for message in said["Conductor"])
+    assert said.keys() == {f"wan-serve_{part}" for part in ("Ingress", "Conductor", "Generator", "Finisher")}
+    assert any("succeeded after" in message for message in said["wan-serve_Conductor"])
 
 
 def test_a_job_is_one_trace_over_all_deployments(collector: OtlpReceiver, job: JobView) -> None:

@@ -491,6 +491,7 @@ def test_damaged(
     assert heard.steps == list(range(1, STEPS + 1))
     assert heard.done.receipt.resumed_from_steps == ()
     assert engine.report().checkpoint_failures == 0, "the store is well"
+    run_until(engine, lambda: engine.report().counts.checkpoints == 1)  # the final latents
 
 
 def _some_checkpoint(make_engine: MakeEngine, store: CheckpointStore, keyed: Callable[..., ClipRequest]) -> Checkpoint:
