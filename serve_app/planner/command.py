@@ -64,7 +64,9 @@ def plan_command(  # noqa: PLR0917 (typer calls it by keyword)
     model: Annotated[str | None, typer.Option(help="Which of the settings' models. Default: the default one.")] = None,
     card: Annotated[str | None, typer.Option(help=f"{', '.join(CARDS)}. Default: RTX 4090.")] = None,
     architecture: Annotated[str | None, typer.Option(help=f"{', '.join(ARCHITECTURES)}. Default: 1.3B.")] = None,
-    price_per_hour: Annotated[float | None, typer.Option(help="Of a node with one GPU. Default: 0.")] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="Of a node with one GPU. Default: gpu_price_per_hour of --config, or 0.")
+    ] = None,
     min_replicas: Annotated[int | None, typer.Option(help="So many there always are. Default: 1.")] = None,
     max_replicas: Annotated[int | None, typer.Option(help="So many at most. Default: 8.")] = None,
     startup_s: Annotated[

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from serve_app.errors import InvalidValue
 from serve_app.jobs.presets import DEFAULT_MODEL_NAME
@@ -39,5 +40,12 @@ def read_config(path: Path, model: str | None) -> tuple[str, ModelSettings, dict
         )
     said = autoscaling | (autoscaling.get("policy") or {}).get("policy_kwargs", {})
     said["look_ahead_s"] = args.get("look_ahead_s", Settings.model_fields["look_ahead_s"].default)
+    try:
+        chosen = ModelSettings.model_validate(models[name] or {})
+    except ValidationError as error:
+        [first, *_] = error.errors()
+        raise InvalidValue(f"{path}: models.{name}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if chosen.gpu_price_per_hour is not None:
+        said["price_per_hour"] = chosen.gpu_price_per_hour
     known = {field.name for field in fields(ClusterSettings)}
-    return name, ModelSettings.model_validate(models[name] or {}), {k: v for k, v in said.items() if k in known}
+    return name, chosen, {setting: value for setting, value in said.items() if setting in known}

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from serve_app.api.admit import admit
@@ -212,6 +213,25 @@ def test_the_command_reads_the_production_file_and_writes_all_it_found(tmp_path:
     assert (best["settings"]["max_replicas"], best["settings"]["headroom"]) == (5, 0.25)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "in time" in done.output
+
+
+def test_a_config_of_several_models_tells_card_and_price_of_each(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    large = {"architecture": "14B", "reference_card": "H100", "gpu_price_per_hour": 2.5}
+    deployment = {"name": "Generator-large", "autoscaling_config": {"min_replicas": 0, "max_replicas": 3}}
+    application = {"args": {"models": {"wan-1.3b": {}, "large": large}}, "deployments": [deployment]}
+    path.write_text(yaml.safe_dump({"applications": [application]}))
+    name, model, settings = read_config(path, "large")
+    assert (name, model.architecture, model.reference_card) == ("large", "14B", "H100")
+    assert (settings["price_per_hour"], settings["max_replicas"]) == (2.5, 3)
+    with pytest.raises(InvalidValue, match="no autoscaling_config for the deployment Generator"):
+        read_config(path, None)
+    with pytest.raises(InvalidValue, match="no model 'small'; it has large"):
+        read_config(path, "small")
+    large["reference_card"] = "GTX"
+    path.write_text(yaml.safe_dump({"applications": [application]}))
+    with pytest.raises(InvalidValue, match=r"models\.large\.reference_card.*'GTX'"):
+        read_config(path, "large")
 
 
 def test_the_command_sweeps_marks_the_best_and_draws_all(tmp_path: Path) -> None:
