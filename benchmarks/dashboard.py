@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 import matplotlib as mpl
 import yaml
+from PIL import Image
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -147,6 +148,8 @@ def draw(url: str, began: float, ended: float, out: Path) -> list[str]:
         if found:
             axes.legend(fontsize=6, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     figure.savefig(out, dpi=70)
+    with Image.open(out) as picture:
+        picture.convert("RGB").quantize(64).save(out, optimize=True)  # a third of the size
     return empty
 
 
