@@ -3,7 +3,7 @@
     python -m benchmarks.dashboard --seconds 180        # needs the binary `prometheus` (Debian: apt-get install prometheus)
 
 The panels are drawn by matplotlib from `cluster/observability/dashboard.json`: same queries, same places, but not Grafana. The run has
-the tiny model, a job that is cancelled and a killed replica, so that what is about trouble has something to show.
+the tiny model, a job that is cancelled and a replica that is killed at work, so that what is about trouble has something to show.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 import matplotlib as mpl
 import yaml
+from PIL import Image
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -75,6 +76,8 @@ def load(service: RunningService, until: float, seed: int = 7) -> None:
                 client.cancel(job.id)
             if not killed and time.time() > halfway:
                 killed = True
+                long = client.submit("a lighthouse in a storm", JobType.VIDEO_HIGH, sample_steps=40, video_length=21)
+                next(event for event in client.events(long.id) if event.name == "progress")
                 service.replica("Generator").kill()
             time.sleep(draw.expovariate(1.0))
 
@@ -145,6 +148,8 @@ def draw(url: str, began: float, ended: float, out: Path) -> list[str]:
         if found:
             axes.legend(fontsize=6, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     figure.savefig(out, dpi=70)
+    with Image.open(out) as picture:
+        picture.convert("RGB").quantize(64).save(out, optimize=True)  # a third of the size
     return empty
 
 

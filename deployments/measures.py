@@ -7,6 +7,16 @@ from collections.abc import Mapping, Sequence
 from deployments import metrics
 from serve_app.engine.clip import ClipDone, ClipEvent, ClipRequest, StepDone
 from serve_app.engine.report import EngineCounts, EngineReport
+from serve_app.errors import (
+    EncodingFailed,
+    FramesLost,
+    GpuOutOfMemory,
+    LatentsNotFinite,
+    ReplicaDraining,
+    ReplicaLost,
+    StorageUnavailable,
+    UnusableOutput,
+)
 from serve_app.jobs.job import Job, JobStatus
 from serve_app.jobs.presets import JobType
 from serve_app.jobs.store import JobStore, JobWork
@@ -18,11 +28,15 @@ READ_EVERY_S = 2.0
 """Ray forgets a gauge that nobody set within two of its export intervals (10 s each, unless told otherwise)."""
 MOST_QUEUED = 1000
 """Queued jobs that are read one by one; were there more, the rest are taken to be like them."""
+USUAL_FAILURES = (
+    *(ReplicaLost, FramesLost, ReplicaDraining, GpuOutOfMemory, LatentsNotFinite),
+    *(UnusableOutput, EncodingFailed, StorageUnavailable),
+)
 OUTCOMES = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 
 
 def begin(settings: Settings) -> None:
-    """Start the counters that alerts stand on at none, so that the first failure is seen as one."""
+    """Start the counters of what is rare at none: the first value that Prometheus sees of a series is no increase to it."""
     for job_type in JobType:
         of = {"type": job_type.value, "model": settings.model_of(job_type)}
         for outcome in OUTCOMES:
@@ -30,6 +44,11 @@ def begin(settings: Settings) -> None:
         for kept in ("on_time", "late"):
             metrics.DEADLINES.begin(**of, kept=kept)
         metrics.JOBS_TOOK.begin(**of)
+        for use in ("billed", "wasted"):
+            metrics.GPU_SECONDS.begin(**of, use=use)
+    for kind in USUAL_FAILURES:
+        for then in ("retried", "gave_up"):
+            metrics.FAILURES.begin(code=kind.code, then=then)
 
 
 def job_ended(job: Job, outcome: JobStatus, spent_gpu_s: float, models: Mapping[str, ModelSettings]) -> None:

@@ -21,7 +21,7 @@ from tests.cluster.running_service import RunningService
 from tests.otlp_receiver import OtlpReceiver, Received
 
 STEPS = 3
-ONLY_IN_TROUBLE = {metrics.FAILURES, metrics.PREEMPTIONS, metrics.CHECKPOINT_FAILURES}
+ONLY_IN_TROUBLE = {metrics.PREEMPTIONS, metrics.CHECKPOINT_FAILURES}
 TEXTS = {"prompt": "a kite over the dunes, seen by nobody before"}
 
 Series = dict[str, list[tuple[dict[str, str], float]]]
