@@ -76,12 +76,6 @@ _Clip = tuple[float, int, float, bool]
 """Until when it is to be done, which replica holds it or -1, GPU-seconds, whether it is held and yields."""
 
 
-def _anywhere(clip: _Clip) -> _Clip:
-    """As if no replica held it, if it yields."""
-    until, holder, work_s, yields = clip
-    return until, -1 if yields else holder, work_s, yields
-
-
 class Scaler:
     """Decides again and again for one fleet. It keeps when replicas were asked for and what was needed lately, no more.
 
@@ -119,7 +113,7 @@ class Scaler:
         clips = self._in_order(backlog, now)
         further = self._further(clips, live, now) if backlog.queued else 0
         if any(yields for _, _, _, yields in clips):
-            further = max(further, self._further([_anywhere(clip) for clip in clips], live, now))
+            further = max(further, self._further(clips, live, now, late_moves=True))
         enough = live + starting + further if further else min(live + starting, self._from_nothing(clips, now))
         need = min(max(enough, rules.min_replicas), rules.max_replicas)
         while self._needs and self._needs[-1][1] <= need:
@@ -131,7 +125,7 @@ class Scaler:
         self._asked_at.extend([now] * (replicas - live - starting))
         return ScaleDecision(replicas, self._reason(backlog, enough, replicas))
 
-    def _in_order(self, backlog: Backlog, now: float) -> list["_Clip"]:
+    def _in_order(self, backlog: Backlog, now: float) -> list[_Clip]:
         """(until when it is to be done, which replica holds it or -1, GPU-seconds, whether it yields) of each clip, by the first.
 
         That is its deadline, if a replica that is asked for now could keep it. Whether those that are there keep closer
@@ -153,15 +147,15 @@ class Scaler:
         clips.sort()
         return clips
 
-    def _further(self, clips: Iterable["_Clip"], live: int, now: float) -> int:
-        """How many more replicas are needed: each clip that waits goes to the replica that is free first."""
+    def _further(self, clips: Iterable[_Clip], live: int, now: float, *, late_moves: bool = False) -> int:
+        """How many more replicas are needed: each clip that waits (`late_moves`: or yields) goes to the replica that is free first."""
         startup_s, stretch = self.rules.startup_s, 1 + self.rules.headroom
         free_at = [now] * live + [max(now, asked_at + startup_s) for asked_at in self._asked_at]
         present = len(free_at)
         first = [(moment, replica) for replica, moment in enumerate(free_at)]
         heapq.heapify(first)
-        for until, holder, work_s, _ in clips:
-            if holder >= 0:
+        for until, holder, work_s, yields in clips:
+            if holder >= 0 and not (late_moves and yields):
                 free_at[holder] += stretch * work_s
                 continue
             while first and first[0][0] != free_at[first[0][1]]:
@@ -175,7 +169,7 @@ class Scaler:
                 heapq.heappush(first, (free_at[-1], len(free_at) - 1))
         return len(free_at) - present
 
-    def _from_nothing(self, clips: Iterable["_Clip"], now: float) -> int:
+    def _from_nothing(self, clips: Iterable[_Clip], now: float) -> int:
         """How many replicas would do all of it, if they were there and it could be handed out anew."""
         stretch = 1 + self.rules.headroom
         free_at: list[float] = []
