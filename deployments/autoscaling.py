@@ -21,7 +21,7 @@ import ray
 from ray.serve.autoscaling_policy import default_autoscaling_policy
 from ray.serve.config import AutoscalingContext
 
-from serve_app.jobs.job import Stage
+from serve_app.jobs.claimed import claimed_work
 from serve_app.jobs.presets import DEFAULT_MODEL_NAME
 from serve_app.jobs.scaling import ScalingNote
 from serve_app.jobs.store import JobStore
@@ -64,40 +64,34 @@ class _Reader:
 
     async def _read_on(self) -> None:
         store = JobStore(self._url, prefix=self._prefix)
+        away = False
         while not self.stop.is_set():
             try:
                 self.seen = await self._read(store)
                 while self.notes:
                     await store.note_scaling(self._model, self.notes[0])
                     self.notes.popleft()
+                away = False
             except Exception as error:
-                logger.warning("autoscaling of %s: the job store cannot be read: %s", self._model, error)
+                if not away:  # once an outage is enough
+                    logger.warning("autoscaling of %s: the job store cannot be read: %s", self._model, error)
+                away = True
             await asyncio.sleep(READ_EVERY_S)
         await store.close()
 
     async def _read(self, store: JobStore) -> _Seen:
         await store.scaler_is_here(self._model, for_s=STALE_S)
         count, queued = await store.queued(self._model, limit=MOST_QUEUED)
-        generating = [
-            job for job in await store.running() if job.model == self._model and job.stage in (None, Stage.GENERATING)
-        ]
-        reports = [
-            report
-            for report in await store.replicas()
-            if report.model == self._model and report.cluster == self._cluster
-        ]
-        held = [[clip for clip in report.clips if clip.job_id in {job.id for job in generating}] for report in reports]
-        placed = {clip.job_id for clips in held for clip in clips}
-        waiting = [job for job in generating if job.id not in placed]
+        reports = [report for report in await store.replicas() if report.cluster == self._cluster]
+        work = claimed_work(self._model, reports, await store.running())
         likely = count / max(1, len(queued))
         return _Seen(
             time.monotonic(),
             [
                 replace(clip, remaining_s=clip.remaining_s * likely) if likely > 1 else clip
-                for job in (*queued, *waiting)
-                for clip in job.outstanding
+                for clip in (*(clip for job in queued for clip in job.outstanding), *work.unplaced)
             ],
-            [[Outstanding(clip.deadline, clip.remaining_s) for clip in clips] for clips in held],
+            work.replicas,
         )
 
 

@@ -4,29 +4,30 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
-import ray
-import tenacity
 from ray import serve
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.drive import ClipDrive, Drive
+from deployments import measures, metrics
+from deployments.claims import Claims
+from deployments.drive import ClipDrive, Drive, trace_of
+from deployments.forever import forever
 from deployments.generator import ClipReady
+from deployments.last_attempt import LastAttempt
+from deployments.patience import patiently
+from deployments.translated import exhausted, too_long, translated
+from serve_app import logs
 from serve_app.engine.checkpoints import CheckpointStore
 from serve_app.engine.clip import CheckpointSaved, ClipFailed, ClipRequest, ClipStarted, Preview, StepDone
 from serve_app.errors import (
-    AttemptsExhausted,
     CheckpointUnavailable,
     ClipCancelled,
     FramesLost,
     LeaseLost,
     ReplicaLost,
     StoreUnavailable,
-    TimeLimitExceeded,
     WanServeError,
 )
 from serve_app.jobs.job import MAX_FAILURES, Delivered, Failure, Job, JobStatus, Progress, Stage, StageProgress
@@ -34,13 +35,11 @@ from serve_app.jobs.plan import generated_frames
 from serve_app.jobs.presets import STABLE_RESOLUTION
 from serve_app.jobs.receipt import make_receipt
 from serve_app.jobs.recovery import next_try
-from serve_app.jobs.replica import ReplicaReport
 from serve_app.jobs.retention import Sweeper
-from serve_app.jobs.store import JobStore, JobWork, Lease
-from serve_app.scheduling import placement
-from serve_app.scheduling.claim import Outstanding, claim_horizons
+from serve_app.jobs.store import JobStore, Lease
 from serve_app.settings import Settings
 from serve_app.storage import open_store
+from serve_app.tracing import Tracing
 from serve_app.webhooks.loop import Courier
 
 logger = logging.getLogger(__name__)
@@ -49,17 +48,6 @@ PROGRESS_EVERY_S = 0.4
 """At most so often a job's progress is written: a few times a second."""
 MAX_LOST_CONDUCTORS = 10
 """A job whose conductors die so often in a row, without a new checkpoint, is taken for the cause."""
-LAST_ATTEMPT = "last-attempt"
-"""The lock of the one clip that may be on its last attempt."""
-
-patiently = tenacity.retry(
-    retry=tenacity.retry_if_exception_type(StoreUnavailable),
-    wait=tenacity.wait_exponential_jitter(initial=0.2, max=5.0),
-    stop=tenacity.stop_after_delay(600),
-    before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
-    reraise=True,
-)
-"""For writes that must not be lost: a store that is away for a while costs time, not the work. Fencing keeps it safe."""
 
 
 class MakeAgain(Exception):
@@ -73,36 +61,43 @@ class Conductor:
     async def __init__(
         self, settings: Settings, generators: dict[str, DeploymentHandle], finisher: DeploymentHandle
     ) -> None:
+        logs.join()
         self._settings = settings
         self._generators = {model: generator.options(stream=True) for model, generator in generators.items()}
         self._finisher = finisher.options(stream=True)
         self._store = JobStore(settings.resolved_store_url, prefix=settings.store_prefix)
-        self._cluster = ray.get_runtime_context().get_session_name()
         self._checkpoints = CheckpointStore(settings.resolved_checkpoint_url)
         self._sweeper = Sweeper(self._store, open_store(settings), settings, self._checkpoints)
+        self._tracing = Tracing.of(settings, "Conductor")
+        self._claims = Claims(self._store, settings, self._generators.keys())
+        self._last_attempt = LastAttempt(self._store, max_attempts=settings.max_attempts, lease_s=settings.lease_s)
         self._drives: dict[str, Drive] = {}
         self._courier = Courier.of(settings, self._store)
+        queue = measures.QueueWatch(self._store, list(settings.models))
+        measures.begin(settings)
         turns = (self._claim, self._beat, self._courier.turn, self._sweeper.turn)
-        self._loops = [asyncio.create_task(self._forever(turn)) for turn in turns]
+        loops = [*(forever(turn) for turn in turns), forever(queue.read, measures.READ_EVERY_S)]
+        self._loops = [asyncio.create_task(loop) for loop in loops]
 
     # ---- one job ----------------------------------------------------------------------------------------------------
 
     async def _run(self, job: Job, drive: Drive) -> None:
         """Generate every clip, finish, deliver; what fails is tried again as `next_try` says. Each line that returns was
         written down."""
-        lease, finish_attempt = drive.lease, 1
+        finish_attempt = 1
         if job.lost_conductors >= MAX_LOST_CONDUCTORS:
-            raise _exhausted(job, f"{job.lost_conductors} conductors fell silent while they drove it")
+            raise exhausted(job, f"{job.lost_conductors} conductors fell silent while they drove it")
         while True:
             if missing := [clip for clip in drive.clips if clip.ready is None]:
-                await self._enter(job, lease, Stage.GENERATING, progress=Progress())
+                await self._enter(job, drive, Stage.GENERATING, progress=Progress())
                 try:
                     await _all(self._make(job, drive, clip) for clip in missing)
                 except MakeAgain:
                     drive.start_anew()
                     continue
             ready = [clip.ready for clip in drive.clips if clip.ready is not None]
-            await self._enter(job, lease, Stage.FINISHING, gpu_s=sum(clip.receipt.gpu_s for clip in ready))
+            job.gpu_s = sum(clip.receipt.gpu_s for clip in ready)
+            await self._enter(job, drive, Stage.FINISHING, gpu_s=job.gpu_s)
             try:
                 receipt = make_receipt(job, [clip.receipt for clip in ready])
                 delivered = await self._finish(job, drive, ready, receipt)
@@ -120,8 +115,9 @@ class Conductor:
                     drive.start_anew()
                     continue
                 finish_attempt += 1
-        await patiently(self._store.finish)(
-            lease,
+        await self._end(
+            job,
+            drive,
             JobStatus.SUCCEEDED,
             {"artifacts": [artifact.name for artifact in delivered.artifacts]},
             progress=drive.progress().model_copy(update={"eta_s": 0.0}),
@@ -133,7 +129,7 @@ class Conductor:
         """One clip, tried again as long as its budget lasts, each time from its last checkpoint."""
         while clip.ready is None:
             try:
-                async with self._alone_on_its_last_attempt(job, clip):
+                async with self._last_attempt.alone(job, clip):
                     clip.ready = await self._generate(job, drive, clip)
             except LeaseLost:
                 raise
@@ -141,6 +137,7 @@ class Conductor:
                 clip.let_go()
                 clip.step = 0
                 job.wasted_gpu_s += clip.at_risk_gpu_s
+                clip.spent_gpu_s = clip.saved_gpu_s
                 setbacks = job.setbacks.get(clip.index, 0)
                 counted = await self._try_again(
                     job, drive, translated(error), setbacks + 1, self._settings.max_attempts
@@ -176,8 +173,8 @@ class Conductor:
             checkpoint_key=f"{job.id}/clip-{clip.index}",
             estimated_gpu_s=job.estimated_gpu_s / len(drive.clips),
         )
-        await self._replicas_to_come(spec.model)
-        clip.stream = self._generators[spec.model].generate.remote(request)
+        await self._claims.replicas_to_come(spec.model)
+        clip.stream = self._generators[spec.model].generate.remote(request, drive.trace.traceparent)
         async for event in clip.stream:
             match event:
                 case ClipStarted():
@@ -202,19 +199,6 @@ class Conductor:
                     return event
         raise ReplicaLost(f"the generator replica closed the stream of clip {request.clip_id} before its end")
 
-    async def _replicas_to_come(self, model: str) -> None:
-        """Wait for the first replica of a model that BacklogPolicy scales from zero.
-
-        Serve starts a single one for a request that waits, and asks no policy until that is there (2.60, autoscaling_policy.py,
-        _get_cold_start_scale_up_replicas). Without BacklogPolicy it is this request that starts it.
-        """
-        while not await self._has_replica(model) and await patiently(self._store.has_scaler)(model):  # noqa: ASYNC110
-            await asyncio.sleep(0.5)
-
-    async def _has_replica(self, model: str) -> bool:
-        replicas = await patiently(self._store.replicas)()
-        return any(replica.model == model and replica.cluster == self._cluster for replica in replicas)
-
     async def _tell_progress(self, drive: Drive, *, last: bool) -> None:
         now = time.monotonic()
         if drive.stepping_since is None:
@@ -231,39 +215,18 @@ class Conductor:
             job.lost_conductors = 0
             async with drive.writing:
                 await patiently(self._store.write)(drive.lease, setbacks=job.setbacks, lost_conductors=0)
-        await self._let_others(job, clip)
-
-    @asynccontextmanager
-    async def _alone_on_its_last_attempt(self, job: Job, clip: ClipDrive) -> AsyncIterator[None]:
-        """Until a clip on its last attempt has come further, no other such clip runs anywhere: else one that kills its replicas
-        would take down, for good, those that died beside it."""
-        if 0 < job.setbacks.get(clip.index, 0) >= self._settings.max_attempts - 1:
-            while not await self._hold(job, clip):  # noqa: ASYNC110 - another process may hold it
-                await asyncio.sleep(1.0)
-            clip.alone = True
-        try:
-            yield
-        finally:
-            await self._let_others(job, clip)
-
-    async def _hold(self, job: Job, clip: ClipDrive) -> bool:
-        return await patiently(self._store.hold)(LAST_ATTEMPT, _name(job.id, clip), for_s=self._settings.lease_s)
-
-    async def _let_others(self, job: Job, clip: ClipDrive) -> None:
-        if clip.alone:
-            clip.alone = False
-            await patiently(self._store.release)(LAST_ATTEMPT, _name(job.id, clip))
+        await self._last_attempt.let_others(job.id, clip)
 
     async def _finish(self, job: Job, drive: Drive, clips: list[ClipReady], receipt: dict[str, Any]) -> Delivered:
         """Join, upscale, encode, mark, check and upload on a finisher replica, what it says written as progress."""
-        stream = self._finisher.finish.remote(job, [clip.frames for clip in clips], receipt)
+        stream = self._finisher.finish.remote(job, [clip.frames for clip in clips], receipt, drive.trace.traceparent)
         drive.enter_stage()
         try:
             async for update in stream:
                 match update:
                     case Stage():
                         drive.enter_stage()
-                        await self._enter(job, drive.lease, update, progress=drive.progress())
+                        await self._enter(job, drive, update, progress=drive.progress())
                     case StageProgress():
                         drive.stage = update
                         await self._tell_progress(drive, last=update.done == update.total)
@@ -285,6 +248,7 @@ class Conductor:
         failure = Failure(
             at=time.time(), stage=job.stage, attempt=attempt, code=error.code, message=error.message, then=then
         )
+        metrics.FAILURES.add(code=error.code, then="retried" if move else "gave_up")
         job.failures = [*job.failures, failure][-MAX_FAILURES:]
         if move and move.degraded:
             job.degraded = move.degraded
@@ -300,15 +264,16 @@ class Conductor:
                 spec=job.spec,
             )
         if move is None:
-            raise _exhausted(job, error.message) if isinstance(error, ReplicaLost) else error
+            raise exhausted(job, error.message) if isinstance(error, ReplicaLost) else error
         if move.degraded:
             raise MakeAgain
         await asyncio.sleep(move.delay_s)
         return move.counts
 
-    async def _enter(self, job: Job, lease: Lease, stage: Stage, **fields: Any) -> None:
+    async def _enter(self, job: Job, drive: Drive, stage: Stage, **fields: Any) -> None:
         job.stage = stage
-        await patiently(self._store.write)(lease, "stage", {"stage": stage}, stage=stage, **fields)
+        drive.trace.enter(stage.value)
+        await patiently(self._store.write)(drive.lease, "stage", {"stage": stage}, stage=stage, **fields)
 
     async def _tell(self, lease: Lease, event: str, data: dict[str, Any], **fields: Any) -> None:
         """For news that is worth one try: the next step brings newer."""
@@ -333,20 +298,24 @@ class Conductor:
                 if drive.ending is not None:  # it was told to stop while it already failed
                     await self._stopped(job, drive)
                 else:
-                    await self._failed(job, drive, self._too_long() if limit.expired() else translated(error))
+                    await self._failed(
+                        job, drive, too_long(self._settings.time_limit_s) if limit.expired() else translated(error)
+                    )
             await asyncio.to_thread(self._checkpoints.delete, job.id)
         except LeaseLost as error:
             logger.warning("%s", error)
         except CheckpointUnavailable as error:
             logger.warning("job %s: its checkpoints are left to the sweep: %s", job.id, error)
         finally:
+            drive.trace.end(failed="its drive ended here")  # without effect where it has ended by itself
             drive.let_go()
             del self._drives[job.id]
 
     async def _stopped(self, job: Job, drive: Drive) -> None:
         """The drive's task was cancelled: by the job's user, because this conductor goes away, or for a lost lease."""
         if drive.ending == JobStatus.CANCELLED:
-            await patiently(self._store.finish)(drive.lease, JobStatus.CANCELLED, gpu_s=drive.spent_gpu_s)
+            job.gpu_s = drive.spent_gpu_s
+            await self._end(job, drive, JobStatus.CANCELLED, gpu_s=job.gpu_s)
             return
         if drive.ending == JobStatus.QUEUED:
             await self._store.requeue(drive.lease, "its conductor was stopped")
@@ -358,58 +327,31 @@ class Conductor:
             await self._stopped(job, drive)
             return
         logger.error("job %s failed: %s: %s", job.id, error.code, error, exc_info=error)
-        await patiently(self._store.finish)(
-            drive.lease, JobStatus.FAILED, {"error": error.info.model_dump()}, error=error.info
-        )
+        job.gpu_s = drive.spent_gpu_s
+        await self._end(job, drive, JobStatus.FAILED, {"error": error.info.model_dump()}, error=error.info)
 
-    def _too_long(self) -> TimeLimitExceeded:
-        limit_s = self._settings.time_limit_s
-        return TimeLimitExceeded(
-            f"the job took longer than {limit_s:g} s", hint="Ask for less work, or raise the setting time_limit_s."
-        )
+    async def _end(
+        self, job: Job, drive: Drive, status: JobStatus, data: dict[str, Any] | None = None, **fields: Any
+    ) -> None:
+        await patiently(self._store.finish)(drive.lease, status, data, **fields)
+        measures.job_ended(job, status, job.gpu_s, self._settings.models)
+        error = fields.get("error")
+        drive.trace.end(failed=error and error.message, facts={"outcome": status.value, "gpu_s": job.gpu_s})
 
     # ---- all jobs ---------------------------------------------------------------------------------------------------
 
     async def _claim(self) -> None:
-        """Take, for each model, the job with the earliest deadline that fits what its live replicas can chew; or wait for news."""
-        replicas, running = await self._store.replicas(), await self._store.running()
-        own = [replica for replica in replicas if replica.cluster == self._cluster]
-        placement.HERE.hear(
-            {replica.id: {clip.clip_id: clip.remaining_s for clip in replica.clips} for replica in own},
-            time.monotonic(),
-        )
-        # During an upgrade two clusters share a store: the one whose replicas are still to come leaves the jobs to the other.
-        elsewhere = {replica.model for replica in replicas} - {replica.model for replica in own}
-        found = [
-            await self._claim_one(
-                model,
-                [replica for replica in own if replica.model == model],
-                [job for job in running if job.model == model and job.stage in (None, Stage.GENERATING)],
-            )
-            for model in self._generators.keys() - elsewhere
-            if len(self._drives) < self._settings.max_running_jobs
-        ]
-        if not any(found):
+        """Take what the live replicas can chew, or wait for news."""
+        found = False
+        async for job in self._claims.take(lambda: len(self._drives) < self._settings.max_running_jobs):
+            found = True
+            clips = [ClipDrive(index, shot) for index, shot in enumerate(job.spec.clips)]
+            drive = self._drives[job.id] = Drive(Lease(job.id, job.fencing_token), clips)
+            drive.trace = trace_of(job, self._tracing)
+            with logs.about(job.id):
+                drive.task = asyncio.create_task(self._drive(job, drive))
+        if not found:
             await self._store.wait("work", timeout_s=0.5)
-
-    async def _claim_one(self, model: str, replicas: list[ReplicaReport], generating: list[JobWork]) -> bool:
-        """Take a job of the model, if one fits. `generating`: those that are claimed and not yet made."""
-        ids = {job.id for job in generating}
-        placed = [[clip for clip in replica.clips if clip.job_id in ids] for replica in replicas]
-        known = {clip.job_id for clips in placed for clip in clips}
-        horizons = claim_horizons(
-            [[Outstanding(clip.deadline, clip.remaining_s) for clip in clips] for clips in placed],
-            [clip for job in generating if job.id not in known for clip in job.outstanding],
-            self._settings.look_ahead_s,
-            time.time(),
-        )
-        job = await self._store.claim(model=model, horizons=horizons, lease_s=self._settings.lease_s)
-        if job is None:
-            return False
-        clips = [ClipDrive(index, shot) for index, shot in enumerate(job.spec.clips)]
-        drive = self._drives[job.id] = Drive(Lease(job.id, job.fencing_token), clips)
-        drive.task = asyncio.create_task(self._drive(job, drive))
-        return True
 
     async def _beat(self) -> None:
         """Renew leases, stop what was cancelled or lost, and queue again what other conductors dropped."""
@@ -419,22 +361,11 @@ class Conductor:
             if answer != "ok" and drive.task and drive.ending is None:
                 drive.ending = JobStatus.CANCELLED if answer == "cancel" else None
                 drive.task.cancel()
-            for clip in [clip for clip in drive.clips if clip.alone]:
-                await self._store.hold(LAST_ATTEMPT, _name(drive.lease.job_id, clip), for_s=self._settings.lease_s)
+            for clip in drive.clips:
+                await self._last_attempt.renew(drive.lease.job_id, clip)
         for job_id in await self._store.reap():
             logger.warning("job %s is queued again: its conductor fell silent", job_id)
         await self._store.wait("cancel", timeout_s=self._settings.lease_s / 4)
-
-    async def _forever(self, turn: Any) -> None:
-        while True:
-            try:
-                await turn()
-            except StoreUnavailable as error:
-                logger.warning("%s: %s", turn.__name__, error)
-                await asyncio.sleep(1.0)
-            except Exception:
-                logger.exception("%s failed; going on", turn.__name__)
-                await asyncio.sleep(1.0)
 
     async def __del__(self) -> None:
         """Give every job back, so that the next conductor can go on at once."""
@@ -449,6 +380,7 @@ class Conductor:
         tasks = [drive.task for drive in self._drives.values() if drive.task]
         if tasks:
             await asyncio.wait(tasks, timeout=3)
+        await asyncio.to_thread(self._tracing.close)
         await self._courier.close()
         await self._store.close()
 
@@ -462,28 +394,3 @@ async def _all(makings: Iterable[Coroutine[Any, Any, None]]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-
-
-def _name(job_id: str, clip: ClipDrive) -> str:
-    """Of a clip, as holder of a lock."""
-    return f"{job_id}/{clip.index}"
-
-
-def _exhausted(job: Job, reason: str) -> AttemptsExhausted:
-    return AttemptsExhausted(
-        f"gave up after {job.attempts} attempts: {reason}",
-        hint="The record's `failures` tell the story. Submit it again once the cause is known.",
-    )
-
-
-def translated(error: Exception) -> WanServeError:
-    """Any failure in the one vocabulary: our own errors out of Ray's wrappers, dead actors and lost objects by name."""
-    if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
-        error = error.cause
-    if isinstance(error, WanServeError):
-        return error
-    if isinstance(error, ObjectLostError):
-        return FramesLost("the replica that held the frames died before they were finished")
-    if isinstance(error, RayActorError):
-        return ReplicaLost(f"a replica died while it worked on the job ({type(error).__name__})")
-    return WanServeError(f"{type(error).__name__}: {error}", hint="This is a defect; please report it with the log.")

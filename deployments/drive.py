@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deployments.generator import ClipReady
-from serve_app.jobs.job import JobStatus, Progress, Shot, StageProgress
+from serve_app.jobs.job import Job, JobStatus, Progress, Shot, StageProgress
 from serve_app.jobs.store import Lease
+from serve_app.tracing import Facts, Stages, Tracing
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Drive:
     """When the first step of this drive was heard of (monotonic seconds), and how many steps were done before it."""
     steps_before: int = 0
     told_at: float = 0.0
+    trace: Stages = field(default_factory=lambda: Stages(Tracing(), "job"))
     stage: StageProgress | None = None
     """How far the finisher is with the stage under way, which began at `stage_since` (monotonic seconds)."""
     stage_since: float = 0.0
@@ -95,3 +97,12 @@ class Drive:
         self.let_go()
         for clip in self.clips:
             clip.saved_step = 0
+
+
+def trace_of(job: Job, tracing: Tracing) -> Stages:
+    """The span of a drive of the job, in its first stage; the first drive's goes back to the submission."""
+    since = job.created_at if job.attempts <= 1 else None
+    facts: Facts = {"job_id": job.id, "job_type": job.spec.type.value, "model": job.spec.model, "attempt": job.attempts}
+    trace = Stages(tracing, "job", job.traceparent, at=since, facts=facts)
+    trace.enter("queued", at=since)
+    return trace

@@ -14,10 +14,12 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments import metrics
 from deployments.thread_work import News, ThreadWork
 from deployments.upscaling import Upscaling
+from serve_app import logs
 from serve_app.errors import StoreUnavailable, UnusableOutput
-from serve_app.jobs.job import Delivered, Job, Stage
+from serve_app.jobs.job import Artifact, Delivered, Job, Stage
 from serve_app.jobs.presets import UNSTABLE_RESOLUTION
 from serve_app.jobs.store import JobStore, Lease
 from serve_app.media.defects import find_defect
@@ -27,6 +29,7 @@ from serve_app.media.scratch import scratch_folder, sweep_scratch
 from serve_app.settings import Settings
 from serve_app.storage import open_store
 from serve_app.storage.keys import artifact_key
+from serve_app.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +45,10 @@ class Finisher:
     """Upscales, encodes, marks, checks and uploads a job's files. Does not start without a certificate that it can sign with."""
 
     def __init__(self, settings: Settings, upscaler: DeploymentHandle | None = None) -> None:
+        logs.join()
         self._settings = settings
         self._certificate = ready_certificate(settings)
+        self._tracing = Tracing.of(settings, "Finisher")
         self._artifacts = open_store(settings)
         self._store = JobStore(settings.resolved_store_url, prefix=settings.store_prefix)
         self._upscaling = Upscaling(upscaler) if upscaler else None
@@ -51,7 +56,7 @@ class Finisher:
         sweep_scratch()
 
     async def finish(
-        self, job: Job, frames: list[ray.ObjectRef], receipt: dict[str, Any]
+        self, job: Job, frames: list[ray.ObjectRef], receipt: dict[str, Any], traceparent: str | None = None
     ) -> AsyncIterator[News | Delivered]:
         """Make and deliver the files of a job's clips, and its `receipt`, under `{job_id}/{fencing_token}/`.
 
@@ -65,7 +70,7 @@ class Finisher:
         with scratch_folder() as folder:
             work = ThreadWork()
             watching = asyncio.create_task(self._watch(job, work))
-            deliver = partial(self._deliver, work, job, frames, receipt, Path(folder))
+            deliver = partial(self._deliver, work, job, frames, receipt, Path(folder), traceparent=traceparent)
             try:
                 async with aclosing(work.run(pool, deliver)) as updates:
                     async for update in updates:
@@ -74,19 +79,34 @@ class Finisher:
                 watching.cancel()
 
     def _deliver(
-        self, work: ThreadWork, job: Job, frames: list[ray.ObjectRef], receipt: dict[str, Any], folder: Path
+        self,
+        work: ThreadWork,
+        job: Job,
+        frames: list[ray.ObjectRef],
+        receipt: dict[str, Any],
+        folder: Path,
+        *,
+        traceparent: str | None,
     ) -> Delivered:
-        artifacts = make_files(
-            job.spec,
-            _clips(work, job, frames),
-            folder,
-            self._settings,
-            receipt=receipt,
-            certificate=self._certificate,
-            upscale=partial(self._upscaling.upscaled, work) if self._upscaling else None,
-            report=partial(work.tell_progress, "frames"),
-        )
-        work.tell(Stage.UPLOADING)
+        job_type = job.spec.type.value
+        with logs.about(job.id):
+            with self._tracing.span("encode", traceparent), metrics.ENCODE.timed(type=job_type):
+                artifacts = make_files(
+                    job.spec,
+                    _clips(work, job, frames),
+                    folder,
+                    self._settings,
+                    receipt=receipt,
+                    certificate=self._certificate,
+                    upscale=partial(self._upscaling.upscaled, work) if self._upscaling else None,
+                    report=partial(work.tell_progress, "frames"),
+                )
+            work.tell(Stage.UPLOADING)
+            with self._tracing.span("upload", traceparent), metrics.UPLOAD.timed(type=job_type):
+                self._upload(work, job, artifacts, folder)
+        return Delivered(artifacts=artifacts, receipt=receipt)
+
+    def _upload(self, work: ThreadWork, job: Job, artifacts: list[Artifact], folder: Path) -> None:
         sent, total = 0, sum(artifact.size_bytes for artifact in artifacts)
         for artifact in artifacts:
             key = artifact_key(job.id, job.fencing_token, artifact.name)
@@ -96,7 +116,7 @@ class Finisher:
 
             self._artifacts.put(key, folder / artifact.name, artifact.content_type, tell)
             sent += artifact.size_bytes
-        return Delivered(artifacts=artifacts, receipt=receipt)
+        logger.info("job %s: %d files delivered, %.1f MB", job.id, len(artifacts), total / 1e6)
 
     async def _watch(self, job: Job, work: ThreadWork) -> None:
         """Stop the work once nobody drives the job any more under its fencing token.

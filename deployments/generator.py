@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -10,13 +11,17 @@ import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
+from deployments.clip_trace import ClipTrace
+from deployments.forever import forever
+from deployments.measures import ReplicaWatch
+from serve_app import logs
 from serve_app.engine.clip import ClipDone, ClipEvent, ClipFailed, ClipReceipt, ClipRequest
-from serve_app.errors import StoreUnavailable
 from serve_app.jobs.presets import PRESETS, size_of
 from serve_app.jobs.replica import ClipReport, ReplicaReport
 from serve_app.jobs.store import JobStore, Lease
 from serve_app.scheduling.cost import ARCHITECTURES, CARDS
 from serve_app.settings import ModelSettings, Settings
+from serve_app.tracing import Tracing
 
 if TYPE_CHECKING:
     from serve_app.engine.engine import Engine
@@ -113,10 +118,12 @@ class Generator:
     hand over many clips."""
 
     async def __init__(self, settings: Settings, model_name: str) -> None:
-        model = settings.models[model_name]
+        logs.join()
+        began, model = time.monotonic(), settings.models[model_name]
         opened = _open_engine if model.paced is None else _open_paced_engine
         self._engine, device, source = await asyncio.to_thread(opened, settings, model)
         self._engine.start()
+        self._tracing = Tracing.of(settings, "Generator")
         self._store = JobStore(settings.resolved_store_url, prefix=settings.store_prefix)
         context = serve.get_replica_context()
         self._identity = ReplicaReport(
@@ -130,16 +137,23 @@ class Generator:
         )
         self._held: dict[str, asyncio.Event] = {}
         """Finished clips whose frames are still wanted, by id; set where the job turns out to have another conductor."""
-        self._reporting = asyncio.create_task(self._report_forever())
+        self._watch = ReplicaWatch(model_name, model, began)
+        self._reporting = asyncio.create_task(forever(self._report, REPORT_EVERY_S))
 
-    async def generate(self, request: ClipRequest) -> AsyncIterator[ClipEvent | ClipReady]:
+    async def generate(
+        self, request: ClipRequest, traceparent: str | None = None
+    ) -> AsyncIterator[ClipEvent | ClipReady]:
         """The clip's events as they happen, ending with `ClipReady` or `ClipFailed`. Closing the stream frees the GPU."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[ClipEvent]()
         self._engine.submit(request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+        trace = ClipTrace(self._tracing, request, traceparent, replica=self._identity.id)
         try:
             while True:
                 event = await events.get()
+                self._watch.event(request, event)
+                trace.event(event)
                 if isinstance(event, ClipDone):
+                    logger.info("clip %s is made: %.1f GPU-seconds", request.clip_id, event.receipt.gpu_s)
                     frames, receipt = ray.put(event.frames), replace(event.receipt, replica=self._identity.id)
                     del event  # with the engine's copy of the frames
                     done = self._held[request.clip_id] = asyncio.Event()
@@ -151,6 +165,7 @@ class Generator:
                 if isinstance(event, ClipFailed):
                     return
         finally:
+            trace.end()
             self._engine.cancel(request.clip_id)
             self._held.pop(request.clip_id, None)
 
@@ -158,21 +173,15 @@ class Generator:
         """Serve replaces the replica when its engine has stopped."""
         self._engine.check()
 
-    async def _report_forever(self) -> None:
-        while True:
-            try:
-                await self._report()
-            except StoreUnavailable as error:
-                logger.warning("could not report to the job store: %s", error)
-            await asyncio.sleep(REPORT_EVERY_S)
-
     async def _report(self) -> None:
         """Tell the store which clips are here; hear which of them are watched, and stop those whose job was cancelled or is
         driven by another now.
 
         A conductor stops its clips by itself; this is for one that hangs or is cut off.
         """
-        progress = self._engine.report().clips
+        report = self._engine.report()
+        self._watch.report(report)
+        progress, running = report.clips, report.running
         leases = [lease_of(clip.clip_id) for clip in progress]
         clips = [
             ClipReport(
@@ -185,7 +194,8 @@ class Generator:
             )
             for clip, lease in zip(progress, leases, strict=True)
         ]
-        await self._store.report_replica(self._identity.model_copy(update={"clips": clips}))
+        news = {"clips": clips, "running": running and running.clip_id, "busy_share": self._watch.busy_share}
+        await self._store.report_replica(self._identity.model_copy(update=news))
         for clip, standing in zip(clips, await self._store.standings(leases), strict=True):
             if standing != "ok":
                 logger.warning("clip %s stops: its job's lease is %s", clip.clip_id, standing)
@@ -202,4 +212,5 @@ class Generator:
             self._reporting.cancel()
             await asyncio.to_thread(self._engine.drain, DRAIN_TIMEOUT_S)
             await asyncio.to_thread(self._engine.close)
+            await asyncio.to_thread(self._tracing.close)
             await self._store.close()

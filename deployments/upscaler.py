@@ -8,6 +8,7 @@ import numpy as np
 import ray
 from ray import serve
 
+from serve_app import logs
 from serve_app.settings import Settings
 from serve_app.upscale_weights import find_weights
 
@@ -20,6 +21,7 @@ class Upscaler:
     async def __init__(self, settings: Settings) -> None:
         from serve_app.media.upscale import Upscaler as Network  # only where wan-serve[upscale] is installed
 
+        logs.join()
         cores = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 0))
         self._weights = await asyncio.to_thread(find_weights, settings)
         self._network = await asyncio.to_thread(

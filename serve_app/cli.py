@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,7 +19,11 @@ from serve_app.client import DEFAULT_URL, AsyncClient, Client
 from serve_app.errors import WanServeError
 from serve_app.jobs.job import JobStatus
 from serve_app.jobs.presets import JobType
+from serve_app.planner.command import plan_command
 from serve_app.terminal import Ended, print_facts, print_provenance, watch_jobs
+
+if TYPE_CHECKING:
+    from serve_app.settings import Settings
 
 JOB_FAILED, BAD_REQUEST, SERVICE_TROUBLE, INTERRUPTED = 1, 2, 3, 130
 PROVENANCE_DOUBTFUL = 1
@@ -245,23 +249,46 @@ def demo(config: Config = LOCAL_CONFIG, out: Out = Path("out")) -> None:
 @app.command()
 def doctor(config: Config = LOCAL_CONFIG) -> None:
     """Check everything that the service needs, and say what to do about each failure."""
-    from serve_app import up
     from serve_app.doctor import Verdict, examine
 
     colours = {Verdict.OK: "green", Verdict.NOTE: "yellow", Verdict.FAILED: "red"}
-    try:
-        settings = up.load_config(config)[1]
-    except ValueError as error:
-        errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(BAD_REQUEST) from None
     failed = False
-    for finding in examine(settings):
+    for finding in examine(_settings_in(config)):
         failed |= finding.verdict == Verdict.FAILED
         colour = colours[finding.verdict]
         console.print(f"[{colour}]{finding.verdict:<7}[/]{finding.name:<10} {escape(finding.found)}", soft_wrap=True)
         if finding.advice:
             console.print(f"                 {escape(finding.advice)}", soft_wrap=True, highlight=False)
     raise typer.Exit(JOB_FAILED if failed else 0)
+
+
+@app.command()
+def top(
+    config: Config = LOCAL_CONFIG,
+    once: Annotated[bool, typer.Option("--once", help="Print it once, and end.")] = False,
+    every_s: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 1.0,
+) -> None:
+    """Show what the service does now: replicas and what each runs, queues, late jobs, autoscaling, cost."""
+    from serve_app.top import watch as watch_service
+
+    try:
+        asyncio.run(watch_service(_settings_in(config), console, once=once, every_s=every_s))
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+app.command("plan")(plan_command)
+
+
+def _settings_in(config: Path) -> "Settings":
+    """The settings in a Serve YAML file, or exit code 2 after saying what is wrong there."""
+    from serve_app import up
+
+    try:
+        return up.load_config(config)[1]
+    except ValueError as error:
+        errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(BAD_REQUEST) from None
 
 
 if __name__ == "__main__":

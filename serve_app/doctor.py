@@ -12,6 +12,7 @@ from enum import StrEnum
 from functools import partial
 from pathlib import Path
 
+import httpx
 import redis
 
 from serve_app.errors import WanServeError
@@ -19,6 +20,7 @@ from serve_app.jobs.embedded import EmbeddedStore
 from serve_app.jobs.store import JobStore
 from serve_app.settings import ModelSettings, Settings, socket_path
 from serve_app.storage import open_store
+from serve_app.tracing import Tracing
 
 EXPIRES_SOON = timedelta(days=30)
 
@@ -53,6 +55,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         ("upscaling", _upscaling),
         ("job store", _store),
         ("storage", _storage),
+        ("tracing", _tracing),
     ]
     for name, check in checks:
         try:
@@ -213,3 +216,18 @@ def _storage(settings: Settings) -> Finding:
         f"Supabase bucket {settings.supabase_bucket!r}" if settings.storage == "supabase" else settings.artifacts_dir
     )
     return Finding("storage", Verdict.OK, f"{where}: a file was written and removed")
+
+
+def _tracing(settings: Settings) -> Finding:
+    if settings.otlp_endpoint is None:
+        return Finding("tracing", Verdict.OK, "off (otlp_endpoint is not set)")
+    Tracing.of(settings, "doctor").close()
+    address = f"{settings.otlp_endpoint.rstrip('/')}/v1/traces"
+    try:  # no bytes are a valid message without spans
+        httpx.post(address, headers={"Content-Type": "application/x-protobuf"}, timeout=5).raise_for_status()
+    except httpx.HTTPError as error:
+        advice = (
+            "Jobs go on without traces. Is it OTLP over HTTP (port 4318 as a rule, not 4317), and reached from here?"
+        )
+        return Finding("tracing", Verdict.NOTE, f"{address}: {error}", advice)
+    return Finding("tracing", Verdict.OK, f"{address} takes spans")

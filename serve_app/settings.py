@@ -80,6 +80,17 @@ class ModelSettings(BaseModel):
         description="Precision of decoding. bfloat16 is about 1.6x faster; its quality is not measured yet.",
     )
 
+    gpu_price_per_hour: float | None = Field(
+        default=None,
+        ge=0,
+        description="What a card of it costs an hour, in any currency: metrics and `wan-serve top` then tell what replicas and jobs "
+        "cost. Empty: they do not.",
+    )
+
+    def cost_of(self, gpu_s: float) -> float | None:
+        """What so many seconds of a card cost; None where its price is not known."""
+        return None if self.gpu_price_per_hour is None else gpu_s * self.gpu_price_per_hour / 3600
+
     @field_validator("architecture", "reference_card")
     @classmethod
     def _known(cls, value: str, info: ValidationInfo) -> str:
@@ -170,7 +181,7 @@ class Settings(BaseSettings):
         default=15.0, ge=1.0, description="A conductor that is silent for so long has lost its jobs to the next one."
     )
     look_ahead_s: float = Field(
-        default=240.0,
+        default=180.0,
         gt=0,
         description="GPU-seconds of claimed work that may wait at a replica. Lower decides order later and leaves more for "
         "replicas to come; higher lets the engine's step policy choose among more (benchmarks/mixed_load.py shows both).",
@@ -199,6 +210,14 @@ class Settings(BaseSettings):
         description="GPU-seconds that the loss of a GPU replica may cost, over all of its clips, and a step.",
     )
     max_running_jobs: int = Field(default=256, ge=1, description="Jobs that one conductor drives at once.")
+
+    # ---- what is told to the outside (docs/observability.md)
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern="^https?://",
+        description="Where traces of jobs go, by OTLP over HTTP: http://collector:4318, without /v1/traces. It needs "
+        "wan-serve[tracing] on every node. Empty: there are none.",
+    )
 
     # ---- how long things are kept
     idempotency_ttl_s: int = Field(

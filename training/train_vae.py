@@ -152,7 +152,7 @@ def main(
     vae.save_pretrained(out / "vae")
     figures = {"psnr_db_pictures": measure_psnr(parallel, shapes[0], check_clips)}
     figures["psnr_db_clips"] = measure_psnr(parallel, shapes[1], check_clips)
-    figures["psnr_db_long_clips"] = measure_psnr(parallel, shapes[2], check_clips // 4)
+    figures["psnr_db_long_clips"] = measure_psnr(parallel, shapes[2], max(1, check_clips // 4))
     report(out, figures | {"latents_mean": mean, "latents_std": std})
     console.print(f"saved {out / 'vae'}")
 

@@ -9,6 +9,7 @@ from serve_app.api.routes import Services
 from serve_app.jobs.store import JobStore
 from serve_app.settings import Settings
 from serve_app.storage import ArtifactStore
+from serve_app.tracing import Tracing
 
 DESCRIPTION = """
 Turns a prompt into a finished picture or video with Wan 2.1 T2V 1.3B.
@@ -24,7 +25,9 @@ Where `retryable` is true the same request may succeed later; `Retry-After` says
 """
 
 
-def create_app(settings: Settings, store: JobStore, artifacts: ArtifactStore) -> FastAPI:
+def create_app(
+    settings: Settings, store: JobStore, artifacts: ArtifactStore, tracing: Tracing | None = None
+) -> FastAPI:
     """The ASGI application of one ingress replica. Stateless but for what it is given."""
     app = FastAPI(
         title="wan-serve",
@@ -34,7 +37,7 @@ def create_app(settings: Settings, store: JobStore, artifacts: ArtifactStore) ->
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.services = Services(settings, store, artifacts)
+    app.state.services = Services(settings, store, artifacts, tracing or Tracing())
     app.include_router(routes.jobs)
     app.include_router(routes.service)
     errors.install(app, [*routes.jobs.routes, *routes.service.routes])

@@ -25,6 +25,7 @@ from serve_app.jobs.store import Answer, JobStore
 from serve_app.settings import Settings
 from serve_app.storage import ArtifactStore
 from serve_app.storage.keys import artifact_key
+from serve_app.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Services:
     settings: Settings
     store: JobStore
     artifacts: ArtifactStore
+    tracing: Tracing
 
 
 async def _services(request: Request) -> Services:
@@ -107,10 +109,16 @@ async def _require_json(request: Request) -> None:
         ),
     },
 )  # fmt: skip
-async def submit(body: JobRequest, response: Response, owner: Owner, use: Use, once: OnceFor) -> JobView:
+async def submit(  # noqa: PLR0917 (FastAPI calls it by keyword)
+    body: JobRequest, request: Request, response: Response, owner: Owner, use: Use, once: OnceFor
+) -> JobView:
     """Accept a job. The answer comes once the job is on disk; nothing accepted is lost."""
-    job = admit(body, owner, use.settings, time.time())
-    answer = await use.store.submit(job, max_queued=use.settings.max_queued_jobs, once=once(body))
+    with use.tracing.span("submit", request.headers.get("traceparent"), {"job_type": body.type}) as span:
+        job = admit(body, owner, use.settings, time.time())
+        job.traceparent = span.traceparent
+        answer = await use.store.submit(job, max_queued=use.settings.max_queued_jobs, once=once(body))
+        span.say({"job_id": answer.job.id, "replayed": answer.replayed})
+    logger.info("job %s of %s: %s", answer.job.id, owner, "sent again" if answer.replayed else "queued")
     response.headers["Location"] = f"/v1/jobs/{answer.job.id}"
     return _told(answer, response)
 

@@ -77,7 +77,8 @@ class ClipStarted:
 
 @dataclass(frozen=True)
 class StepDone:
-    """The device has finished step `step` of `steps` (counted from 1). `gpu_s` is the device time that led here."""
+    """The device has finished step `step` of `steps` (counted from 1), in `step_s` seconds of device time; with all that led here,
+    in `gpu_s`."""
 
     clip_id: str
     step: int
@@ -85,6 +86,7 @@ class StepDone:
     gpu_s: float
     eta_s: float
     """Device seconds that this clip still needs, decode included."""
+    step_s: float
 
 
 @dataclass(frozen=True)

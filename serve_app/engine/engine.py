@@ -26,7 +26,7 @@ from serve_app.engine.memory import DeviceMemory
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.preview import Previews
 from serve_app.engine.receipt import receipt_of
-from serve_app.engine.report import EngineReport, report_of
+from serve_app.engine.report import EngineCounts, EngineReport, report_of
 from serve_app.engine.saving import Saving, handed_back
 from serve_app.engine.snapshot import restore
 from serve_app.engine.speed import Speed, card_of
@@ -111,6 +111,7 @@ class Engine:
             post=self._loop.post,
         )
         self._running: ClipState | None = None
+        self._busy_s, self._preemptions = 0.0, 0
         self._draining_until: float | None = None
 
     # ---- from any thread
@@ -169,7 +170,9 @@ class Engine:
     def report(self) -> EngineReport:
         """The clips that are alive, what runs, and how much work is left."""
         alive = [clip for clip in self._clips.all() if clip.ending is None]
-        return report_of(alive, self._running, self.speed, self._saving.failures)
+        text = self.runner.text
+        counts = EngineCounts(self._busy_s, self._preemptions, text.reused, text.computed, self._saving.written)
+        return report_of(alive, self._running, self.speed, self._saving.failures, counts)
 
     def check(self) -> None:
         """Raise `EngineError` if the engine can make no more clips: its device failed, or its thread does not run."""
@@ -220,7 +223,7 @@ class Engine:
 
     def _launch(self, clip: ClipState) -> None:
         """Give the device one unit of the clip's work; whatever goes wrong ends this clip alone."""
-        self._running = clip
+        before, self._running = self._running, clip
         if clip.phase is Phase.TEXT:
             self._clips.tell(clip, _started(clip))
             if clip not in self._clips:
@@ -235,6 +238,8 @@ class Engine:
             failure = as_engine_error(clip.request, phase, clip.launched_steps, error)
         if failure is None:
             self._in_flight.add(*units)
+            if before is not None and before in self._clips and before.ready:
+                self._preemptions += all(unit.clip is not before for unit in units)
             for stepped in [unit.clip for unit in units if unit.phase is Phase.DENOISE]:
                 self._previews.after_step(stepped)
             return
@@ -271,6 +276,7 @@ class Engine:
         """Account for the units that the device has finished; wait for the oldest until at most `leave` are in flight."""
         for unit in self._in_flight.finished(leave=leave):
             unit.clip.gpu_s += unit.seconds
+            self._busy_s += unit.seconds
             unit.clip.last_ran_at = time.time()
             if unit.clip.ending is not None:
                 self._clips.fail(unit.clip, unit.clip.ending)
@@ -297,7 +303,8 @@ class Engine:
             self._clips.fail(clip, not_finite(clip))
             return
         eta_s = self.speed.remaining_s(clip)
-        self._clips.tell(clip, StepDone(request.clip_id, clip.finished_steps, request.steps, clip.gpu_s, eta_s))
+        done = StepDone(request.clip_id, clip.finished_steps, request.steps, clip.gpu_s, eta_s, unit.seconds)
+        self._clips.tell(clip, done)
 
     def _account_decode(self, unit: Unit) -> None:
         clip, request = unit.clip, unit.clip.request

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from serve_app import __version__
 from serve_app.engine.clip import ClipDone, ClipEvent, ClipFailed, ClipReceipt, ClipRequest, ClipStarted, StepDone
 from serve_app.engine.loop import Loop
-from serve_app.engine.report import ClipProgress, EngineReport
+from serve_app.engine.report import ClipProgress, EngineCounts, EngineReport
 from serve_app.errors import ClipCancelled, EngineError, ReplicaDraining, WanServeError
 from serve_app.scheduling.cost import Architecture, Card, CostModel, Shape
 from serve_app.scheduling.steps import Runnable, StepPolicy
@@ -74,6 +74,7 @@ class PacedEngine:
         self._lock = threading.Lock()
         self._clips: dict[str, _Clip] = {}
         self._running: _Clip | None = None
+        self._busy_s, self._preemptions = 0.0, 0
         self._refusing = False
         self._free_at = 0.0
         self._loop = Loop(self.step, self._step_failed, lambda: None)
@@ -125,6 +126,7 @@ class PacedEngine:
             clips=tuple(_progress(clip) for clip in clips),
             running=_progress(running) if running in clips and running is not None else None,
             backlog_gpu_s=sum(clip.remaining_s for clip in clips),
+            counts=EngineCounts(self._busy_s, self._preemptions),
         )
 
     def check(self) -> None:
@@ -157,7 +159,9 @@ class PacedEngine:
         return True
 
     def _run(self, clip: _Clip) -> None:
-        self._running, request = clip, clip.request
+        before, self._running, request = self._running, clip, clip.request
+        if before is not None and before is not clip and before.request.clip_id in self._clips:
+            self._preemptions += 1
         if not clip.started:
             clip.started = True
             clip.on_event(ClipStarted(request.clip_id))
@@ -167,9 +171,11 @@ class PacedEngine:
         time.sleep(max(0.0, self._free_at - now))
         clip.last_ran_at = self._free_at
         clip.gpu_s += took_s
+        self._busy_s += took_s
         if clip.phase is _Phase.DENOISE:
             clip.steps_done += 1
-            clip.on_event(StepDone(request.clip_id, clip.steps_done, request.steps, clip.gpu_s, clip.remaining_s))
+            eta_s = clip.remaining_s
+            clip.on_event(StepDone(request.clip_id, clip.steps_done, request.steps, clip.gpu_s, eta_s, took_s))
             return
         clip.decoded += 1
         if clip.decoded == clip.latent_frames:

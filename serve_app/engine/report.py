@@ -1,7 +1,7 @@
 """What an engine says of itself. Plain data; importing it imports no torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,6 +25,22 @@ class ClipProgress:
 
 
 @dataclass(frozen=True)
+class EngineCounts:
+    """What an engine has done since its start."""
+
+    busy_s: float = 0.0
+    """Seconds in which the device worked."""
+    preemptions: int = 0
+    """How often the device went to another clip while the one before still had work for it."""
+    embeds_reused: int = 0
+    """Prompts whose embeddings were there from before."""
+    embeds_computed: int = 0
+    """Prompts that the text encoder had to be run for."""
+    checkpoints: int = 0
+    """Checkpoints that were written."""
+
+
+@dataclass(frozen=True)
 class EngineReport:
     """The engine at one moment."""
 
@@ -36,10 +52,15 @@ class EngineReport:
     """Seconds of device work left in all clips."""
     checkpoint_failures: int = 0
     """Reads and writes of checkpoints that failed, since the start; the clips went on without."""
+    counts: EngineCounts = field(default=EngineCounts(), compare=False)
 
 
 def report_of(
-    clips: "Sequence[ClipState]", running: "ClipState | None", speed: "Speed", checkpoint_failures: int
+    clips: "Sequence[ClipState]",
+    running: "ClipState | None",
+    speed: "Speed",
+    checkpoint_failures: int,
+    counts: EngineCounts,
 ) -> EngineReport:
     """The report on `clips`, of which `running` may be one."""
     in_order = sorted(clips, key=lambda clip: clip.request.deadline)
@@ -49,6 +70,7 @@ def report_of(
         running=None if running is None else progress.get(running),
         backlog_gpu_s=sum(clip.remaining_s for clip in progress.values()),
         checkpoint_failures=checkpoint_failures,
+        counts=counts,
     )
 
 

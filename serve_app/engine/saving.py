@@ -44,6 +44,8 @@ class Saving:
         self._in_flight = in_flight
         self._speed = speed
         self._every_s = math.inf
+        self.written = 0
+        """Checkpoints that were written, since the start."""
         self._checkpointing: Checkpointing | None = None
         if store is not None and every_s is not None:
             self._every_s = every_s
@@ -164,6 +166,7 @@ class Saving:
 
     def _written(self, clip: ClipState, header: CheckpointHeader, error: CheckpointUnavailable | None) -> None:
         """A checkpoint was written, or was not."""
+        self.written += error is None
         if clip not in self._clips or clip.ending is not None:
             return
         if error is not None:

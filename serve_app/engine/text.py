@@ -39,6 +39,8 @@ class TextEncoder:
         self._encoder_device = torch.device("cpu") if place == "cpu" else device
         self._exact_bits = exact_bits
         self._cache: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self.reused = self.computed = 0
+        """Prompts that were found in the cache, and that were not."""
         if self._encoder is None:
             return  # A pipeline without one serves those who bring their own embeddings (benchmarks).
         if self._streamed:
@@ -49,7 +51,10 @@ class TextEncoder:
     def embed(self, prompt: str) -> torch.Tensor:
         """[1, 512, text_dim] on the model's device, in the transformer's dtype; zeros after the prompt's last token."""
         rows = self._cache.get(prompt)
-        if rows is None:
+        if rows is not None:
+            self.reused += 1
+        else:
+            self.computed += 1
             rows = self._cache[prompt] = self._embed(prompt)
             if len(self._cache) > _CACHED_PROMPTS:
                 self._cache.popitem(last=False)

@@ -234,6 +234,8 @@ class Job(BaseModel):
     failures: list[Failure] = Field(default_factory=list)
     """The story of what went wrong, oldest first."""
     webhook: Webhook | None = None
+    traceparent: str | None = None
+    """Its trace's context (W3C Trace Context), where jobs are traced."""
 
 
 class JobEvent(BaseModel):

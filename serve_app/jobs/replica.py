@@ -28,3 +28,7 @@ class ReplicaReport(BaseModel):
     """The directory or hub id that it was loaded from."""
     trained: bool
     clips: list[ClipReport] = []
+    running: str | None = None
+    """Id of the clip that has the device now."""
+    busy_share: float = 0.0
+    """Of its time since the report before this one, in which the device worked."""

@@ -399,6 +399,18 @@ class JobStore:
             job_id: JobStatus(json.loads(text)) if text else None for job_id, text in zip(job_ids, found, strict=True)
         }
 
+    async def history(self) -> AsyncIterator[Job]:
+        """The finished jobs that are still remembered, in order of their end."""
+        first = 0
+        while ids := await self._guard(self._redis.zrange(self._key("finished"), first, first + 499)):
+            first += len(ids)
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for job_id in ids:
+                    pipe.hgetall(self._key("job", job_id.decode()))
+                records = await self._guard(pipe.execute())
+            for record in filter(None, records):
+                yield _job(record)
+
     # ---- generators -------------------------------------------------------------------------------------------------
 
     async def report_replica(self, report: ReplicaReport) -> None:

@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from serve_app.scheduling.claim import Outstanding
 
@@ -71,14 +72,18 @@ class ScaleDecision:
     reason: str
 
 
+_Clip = tuple[float, int, float, bool]
+"""Until when it is to be done, which replica holds it or -1, GPU-seconds, whether it is held and yields."""
+
+
 class Scaler:
     """Decides again and again for one fleet. It keeps when replicas were asked for and what was needed lately, no more.
 
     **It asks for another replica only for work that it helps**: where clips that wait would otherwise be late, or, if no
-    further replica could be in time, would not be gone within `target_drain_s`. **It says enough only where it is**: there
-    is an order in which each clip that waits, and that a further replica could still do in time, meets its deadline with
-    `headroom` to spare. **It removes replicas only when fewer would have been enough all the time** for
-    `downscale_delay_s`, and never while those asked for are still to come.
+    further replica could be in time, would not be gone within `target_drain_s`; late clips on replicas count as waiting. **It
+    says enough only where it is**: there is an order in which each clip that waits, and that a further replica could still do
+    in time, meets its deadline with `headroom` to spare. **It removes replicas only when fewer would have been enough all the
+    time** for `downscale_delay_s`, and never while those asked for are still to come.
 
     One long job may change how short ones fall into place, so that more work asks for one or two replicas fewer than less
     work did (Graham's anomaly of list scheduling, SIAM J. Appl. Math. 17(2), 1969); it never asks for fewer than the sum of the
@@ -105,9 +110,11 @@ class Scaler:
         if not self._needs:
             self._needs.append((now, live + starting))
 
-        held = self._in_order(backlog, now)
-        further = self._further(held, live, now) if backlog.queued else 0
-        enough = live + starting + further if further else min(live + starting, self._from_nothing(held, now))
+        clips = self._in_order(backlog, now)
+        further = self._further(clips, live, now) if backlog.queued else 0
+        if any(yields for _, _, _, yields in clips):
+            further = max(further, self._further(clips, live, now, late_moves=True))
+        enough = live + starting + further if further else min(live + starting, self._from_nothing(clips, now))
         need = min(max(enough, rules.min_replicas), rules.max_replicas)
         while self._needs and self._needs[-1][1] <= need:
             self._needs.pop()
@@ -118,34 +125,37 @@ class Scaler:
         self._asked_at.extend([now] * (replicas - live - starting))
         return ScaleDecision(replicas, self._reason(backlog, enough, replicas))
 
-    def _in_order(self, backlog: Backlog, now: float) -> list[tuple[float, int, float]]:
-        """(until when it is to be done, which replica holds it or -1, GPU-seconds) of each clip, by the first.
+    def _in_order(self, backlog: Backlog, now: float) -> list[_Clip]:
+        """(until when it is to be done, which replica holds it or -1, GPU-seconds, whether it yields) of each clip, by the first.
 
         That is its deadline, if a replica that is asked for now could keep it. Whether those that are there keep closer
         ones is up to them: more replicas cannot help, so they are asked to see only to it that late work is soon gone.
+
+        A held clip that is late yields to all that can be on time, and others keep coming. So it waits as one in the queue
+        does, and a further replica helps it by taking those: were it not counted, such clips would pile up on replicas that
+        are busy with what comes, unseen, as long as the load lasts.
         """
         ready_at = now + self.rules.startup_s
         target_drain_s = self.rules.target_drain_s
-
-        def until(clip: Outstanding) -> float:
-            work_s = clip.remaining_s
-            return clip.deadline if ready_at + work_s <= clip.deadline else ready_at + max(target_drain_s, work_s)
-
-        clips = [(until(clip), -1, clip.remaining_s) for clip in backlog.queued]
-        for replica, held in enumerate(backlog.replicas):
-            clips += [(until(clip), replica, clip.remaining_s) for clip in held]
+        clips = []
+        for replica, group in enumerate(chain([backlog.queued], backlog.replicas), start=-1):
+            for clip in group:
+                work_s, until = clip.remaining_s, clip.deadline
+                if ready_at + work_s > until:
+                    until = ready_at + max(target_drain_s, work_s)
+                clips.append((until, replica, work_s, replica >= 0 and now + work_s > clip.deadline))
         clips.sort()
         return clips
 
-    def _further(self, clips: Iterable[tuple[float, int, float]], live: int, now: float) -> int:
-        """How many more replicas are needed: each clip that waits goes to the replica that is free first."""
+    def _further(self, clips: Iterable[_Clip], live: int, now: float, *, late_moves: bool = False) -> int:
+        """How many more replicas are needed: each clip that waits (`late_moves`: or yields) goes to the replica that is free first."""
         startup_s, stretch = self.rules.startup_s, 1 + self.rules.headroom
         free_at = [now] * live + [max(now, asked_at + startup_s) for asked_at in self._asked_at]
         present = len(free_at)
         first = [(moment, replica) for replica, moment in enumerate(free_at)]
         heapq.heapify(first)
-        for until, holder, work_s in clips:
-            if holder >= 0:
+        for until, holder, work_s, yields in clips:
+            if holder >= 0 and not (late_moves and yields):
                 free_at[holder] += stretch * work_s
                 continue
             while first and first[0][0] != free_at[first[0][1]]:
@@ -159,11 +169,11 @@ class Scaler:
                 heapq.heappush(first, (free_at[-1], len(free_at) - 1))
         return len(free_at) - present
 
-    def _from_nothing(self, clips: Iterable[tuple[float, int, float]], now: float) -> int:
+    def _from_nothing(self, clips: Iterable[_Clip], now: float) -> int:
         """How many replicas would do all of it, if they were there and it could be handed out anew."""
         stretch = 1 + self.rules.headroom
         free_at: list[float] = []
-        for until, _, work_s in clips:
+        for until, _, work_s, _ in clips:
             if free_at and free_at[0] + work_s <= until:
                 heapq.heapreplace(free_at, free_at[0] + stretch * work_s)
             else:

@@ -132,9 +132,12 @@ class _Fit:
     def __init__(self, clips: Sequence[Runnable], now: float, headroom: float, length_weight: float) -> None:
         self._now = now
         self._headroom = headroom
+        self._length_weight = length_weight
         self._in_order = sorted([(clip.deadline, clip.clip_id, clip) for clip in clips])
         self._tests: list[tuple[int, float]] = []
         """Each comparison made: the position, and by how much the work fitted in so far overruns the deadline there."""
+        self._yields: list[tuple[str, int, float]] = []
+        """Each clip that yielded: when, by the number of comparisons before, and how far its place was from the next one's."""
         self._fitted: dict[str, int] = {}
         """Position of each clip that fits, in order."""
         tests, fitted = self._tests, self._fitted
@@ -160,28 +163,40 @@ class _Fit:
                 if yields_first is None:
                     yields_first = [yielding(self._in_order[place][2]) for place in fitted.values()]
                     heapq.heapify(yields_first)
-                _, yielded, work_s = heapq.heappop(yields_first)
+                place, yielded, work_s = heapq.heappop(yields_first)
+                ahead = yields_first[0][0] - place if yields_first else math.inf
+                self._yields.append((yielded, len(tests), ahead))
                 del fitted[yielded]
                 end -= work_s
         self.head = self._in_order[next(iter(fitted.values()))][2] if fitted else None
         """Nobody, where none fits."""
 
     def holds_until(self, running: Runnable) -> float:
-        """Earliest moment at which a comparison could turn out otherwise while `running` alone runs."""
-        hopeless = self._now + running.remaining_s > running.deadline
-        if not hopeless and running.clip_id not in self._fitted:
-            return self._now  # its remaining work shrinks, so any moment it may fit
+        """Earliest moment at which a comparison, or who yields, could turn out otherwise while `running` alone runs."""
         until, now = math.inf, self._now
         for deadline, _, clip in self._in_order:
             latest_start = deadline - clip.remaining_s
             if now <= latest_start < until and clip is not running:
                 until = latest_start
-        # As time passes, the fitted work ends later; where the running clip is part of it, earlier, by its headroom.
-        runs_at = math.inf if hopeless else self._fitted[running.clip_id]
-        for position, overrun in self._tests:
-            if position < runs_at:
+        counted_at, counted_to = self._comparisons_with(running)
+        for number, (position, overrun) in enumerate(self._tests):
+            # As time passes, the fitted work ends later; where the running clip is part of it, earlier, by its headroom.
+            if position < counted_at or number >= counted_to:
                 if overrun <= 0 and now - overrun < until:
                     until = now - overrun
             elif overrun > 0 and self._headroom > 1:
                 until = min(until, now + overrun / (self._headroom - 1))
+        if counted_to < math.inf and self._length_weight > 0:
+            # It yielded, and as it becomes shorter, another may have to in its stead.
+            ahead = next(ahead for clip_id, _, ahead in self._yields if clip_id == running.clip_id)
+            until = min(until, now + ahead / self._length_weight)
         return until
+
+    def _comparisons_with(self, clip: Runnable) -> tuple[float, float]:
+        """In which comparisons its work was counted: those from a position in order on, and before a number of them."""
+        if self._now + clip.remaining_s > clip.deadline:
+            return math.inf, math.inf
+        if clip.clip_id in self._fitted:
+            return self._fitted[clip.clip_id], math.inf
+        position = self._in_order.index((clip.deadline, clip.clip_id, clip))
+        return position, next(number for yielded, number, _ in self._yields if yielded == clip.clip_id)

@@ -8,14 +8,25 @@ import pytest
 
 from serve_app.client import Client
 from tests.cluster.running_service import RunningService, write_config
+from tests.otlp_receiver import OtlpReceiver
 from tests.receiver import SECRET
+
+PRICE = 3600.0
+"""A second of a card costs 1."""
 
 
 @pytest.fixture(scope="session")
-def service() -> Iterator[RunningService]:
+def collector() -> Iterator[OtlpReceiver]:
+    with OtlpReceiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="session")
+def service(collector: OtlpReceiver) -> Iterator[RunningService]:
     with tempfile.TemporaryDirectory(prefix="wan-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         webhooks = {"webhook_secrets": {"anonymous": SECRET}, "webhook_allow_private": True}
-        service = RunningService(write_config(Path(folder), **webhooks))
+        watching = {"otlp_endpoint": collector.url, "models": {"wan-1.3b": {"gpu_price_per_hour": PRICE}}}
+        service = RunningService(write_config(Path(folder), **webhooks, **watching))
         yield service
         left = service.stop()
         assert left == []

@@ -1,5 +1,6 @@
 """A real `wan-serve up` in processes of its own, that tests may talk to, kill and start again."""
 
+import os
 import re
 import signal
 import socket
@@ -17,6 +18,7 @@ from serve_app.engine.load import TINY_MODEL
 from serve_app.jobs.presets import DEFAULT_MODEL_NAME
 
 ROOT = Path(__file__).parents[2]
+METRICS_SOON = {"RAY_metrics_report_interval_ms": "2000"}
 
 
 def free_port() -> int:
@@ -29,6 +31,7 @@ def write_config(folder: Path, *, http: dict[str, Any] | None = None, **args: An
     """`cluster/local.yaml` with a data folder and a port of its own, with the tiny untrained model."""
     config = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
     config["http_options"] |= {"port": free_port()} | (http or {})
+    config["logging_config"] |= {"encoding": "JSON"}
     config["applications"][0]["args"] = {
         "data_dir": str(folder / "data"),
         "lease_s": 2.0,
@@ -50,7 +53,9 @@ class RunningService:
     def start(self) -> None:
         command = [sys.executable, "-m", "serve_app.cli", "up", "--config", str(self.config)]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=os.environ | METRICS_SOON
+            )
         give_up_at = time.monotonic() + 240
         while not self._is_ready():
             if self.process.poll() is not None or time.monotonic() > give_up_at:

@@ -57,7 +57,7 @@ async def test_events_tell_the_life_of_a_job_and_end_with_it(service: Service, t
     await succeed(service, tmp_path)
     events = await live
     assert [event.event for event in events] == ["queued", "running", "stage", "progress", "progress", "succeeded"]
-    assert json.loads(events[3].data) == {"step": 1, "steps": 2, "eta_s": 1.0}
+    assert json.loads(events[3].data) == {"step": 1, "steps": 2, "eta_s": 1.0, "stage": None}
     assert len({event.id for event in events}) == len(events)
     again = await read(service, view["id"])
     assert [event.id for event in again] == [event.id for event in events]

@@ -245,9 +245,9 @@ class Watching:
             self.decided.append((now, decision.replicas))
 
 
-def run(jobs: Sequence[SimulatedJob], under: ScaleRules) -> Watching:
+def run(jobs: Sequence[SimulatedJob], under: ScaleRules, look_ahead_s: float = 5.0) -> Watching:
     watching = Watching()
-    cluster = Cluster(5.0, under.min_replicas, under.startup_s * 2 / 3, under.startup_s / 3, 60.0)
+    cluster = Cluster(look_ahead_s, under.min_replicas, under.startup_s * 2 / 3, under.startup_s / 3, 60.0)
     Simulation(cluster, StepPolicy(), watching, Scaler(under), tail_s=under.window_s).run(jobs)
     return watching
 
@@ -264,6 +264,17 @@ def test_what_it_starts_replicas_for_is_on_time() -> None:
             jobs.append(SimulatedJob(f"{number:02}", "any", 0.0, due_s, (phase,)))
         outcomes += run(jobs, rules(max_replicas=1000)).outcomes
     assert sum(not outcome.on_time for outcome in outcomes) <= len(outcomes) / 200
+
+
+def test_late_clips_do_not_pile_up_on_replicas_that_are_busy_with_what_comes() -> None:
+    """Five and a half replicas' worth of work, of which each clip alone would fit: what turns late on a replica counts, too."""
+    random, jobs = Random(1), []
+    for number in range(3000):
+        phase = random.choice((Phase(25, 0.08), Phase(25, 1.7)))
+        jobs.append(SimulatedJob(f"{number:04}", "any", number * 4.0, number * 4.0 + 6.0 * phase.work_s, (phase,)))
+    watching = run(jobs, rules(max_replicas=8, startup_s=180.0), look_ahead_s=120.0)
+    assert sum(outcome.on_time for outcome in watching.outcomes) >= 0.94 * len(jobs)
+    assert max(outcome.latency_s for outcome in watching.outcomes) < 3600.0
 
 
 def test_a_steady_load_is_served_by_a_steady_number() -> None:

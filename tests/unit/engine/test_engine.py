@@ -2,6 +2,7 @@
 
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -279,6 +280,28 @@ def test_report(engine: Engine, request_of: MakeRequest) -> None:
     assert running.deadline == 1000.0
     run_dry(engine)
     assert engine.report() == empty
+
+
+def test_the_report_counts_what_was_done(engine: Engine, request_of: MakeRequest) -> None:
+    before, slow, urgent = engine.report().counts, Heard(), Heard()
+    engine.submit(request_of("slow", steps=4, deadline=time.time() + 2000), slow)
+    for _ in range(3):
+        engine.step()
+    engine.submit(request_of("urgent", steps=2, deadline=time.time() + 1), urgent)
+    run_dry(engine)
+    counts = engine.report().counts
+    assert isinstance(slow.last, ClipDone)
+    assert isinstance(urgent.last, ClipDone)
+    assert counts.preemptions - before.preemptions == 1, "the device went to `urgent` and, when that was done, back"
+    assert counts.busy_s - before.busy_s == pytest.approx(slow.last.receipt.gpu_s + urgent.last.receipt.gpu_s)
+    assert counts.embeds_computed + counts.embeds_reused == before.embeds_computed + before.embeds_reused + 4, (
+        "two prompts and two negative prompts"
+    )
+    assert counts.embeds_reused - before.embeds_reused >= 2, "`urgent` asks for the texts of `slow`"
+    steps = [event for event in slow.events if isinstance(event, StepDone)]
+    assert [later.gpu_s - step.gpu_s for step, later in pairwise(steps)] == pytest.approx(
+        [later.step_s for later in steps[1:]], abs=0.05
+    )
 
 
 def test_the_thread_serves_many_submitters(engine: Engine, request_of: MakeRequest) -> None:

@@ -67,6 +67,9 @@ def test_a_picture_slips_into_a_video(engine: PacedEngine) -> None:
         pass
     ended(submitted(engine, request("picture", deadline=time.time() + 30)))
     assert {clip.clip_id for clip in engine.report().clips} == {"video"}
+    counts = engine.report().counts
+    assert counts.preemptions == 1
+    assert counts.busy_s > 0
     engine.cancel("video")
     failed = ended(video)[-1]
     assert isinstance(failed, ClipFailed)

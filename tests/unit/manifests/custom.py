@@ -154,7 +154,31 @@ class PodMonitor(Strict):
     spec: PodMonitorSpec
 
 
-MODELS = {"RayService": RayService, "PodMonitor": PodMonitor}
+class Alert(Strict):
+    alert: str
+    expr: str
+    for_: str = Field(default="0s", alias="for", pattern=r"^\d+(s|m|h)$")
+    labels: dict[str, str]
+    annotations: dict[str, str]
+
+
+class AlertGroup(Strict):
+    name: str
+    rules: list[Alert] = Field(min_length=1)
+
+
+class PrometheusRuleSpec(Strict):
+    groups: list[AlertGroup] = Field(min_length=1)
+
+
+class PrometheusRule(Strict):
+    apiVersion: Literal["monitoring.coreos.com/v1"]
+    kind: Literal["PrometheusRule"]
+    metadata: Metadata
+    spec: PrometheusRuleSpec
+
+
+MODELS = {"RayService": RayService, "PodMonitor": PodMonitor, "PrometheusRule": PrometheusRule}
 
 
 def check(thing: dict[str, Any]) -> None:

@@ -51,6 +51,7 @@ def test_one_node_differs_only_in_what_one_node_must() -> None:
     differing = {path for path in reference | one_node if reference.get(path) != one_node.get(path)}
     application = "applications.wan-serve"
     assert differing == {
+        f"{application}.args.look_ahead_s",
         f"{application}.args.storage",
         f"{application}.deployments.Ingress.num_replicas",
         f"{application}.deployments.Conductor.num_replicas",
