@@ -130,11 +130,15 @@ def _gpu(settings: Settings) -> Finding:
 def _model(name: str, model: ModelSettings, settings: Settings) -> Finding:
     from huggingface_hub import try_to_load_from_cache
 
-    from serve_app.engine.load import pick_device, resolve_model
+    from serve_app.engine.load import WAN_SHAPES, pick_device, resolve_model
 
     source = resolve_model(model.source, model.revision, pick_device(settings.device), settings.data_dir)
     where = source.name_or_path
     if Path(where).is_dir():
+        if Path(where) == WAN_SHAPES:
+            return Finding(
+                name, Verdict.NOTE, where, "This is the bundled demonstration model: it knows coloured shapes alone."
+            )
         if source.trained:
             return Finding(name, Verdict.OK, where)
         return Finding(name, Verdict.NOTE, where, "This is the untrained test model: it makes noise.")

@@ -47,7 +47,8 @@ class ModelSettings(BaseModel):
     source: str | None = Field(
         default=None,
         description="Directory or hub id for WanPipeline.from_pretrained. Empty: Wan 2.1 T2V 1.3B on a GPU, "
-        "on a CPU a tiny untrained model that makes noise.",
+        "on a CPU the bundled demonstration model wan-shapes, which knows coloured shapes alone. `tiny`: an untrained model that "
+        "makes noise, for tests.",
     )
     revision: str | None = Field(
         default=None, description="Revision of a hub id. Empty: the pinned one of the default model."

@@ -226,9 +226,10 @@ def run(config_path: Path, port: int | None) -> int:
     return 0
 
 
+# Prompts of the bundled model's world (training/README.md); any model can draw them.
 DEMO_JOBS = {
-    JobType.IMAGE_FAST: "a red apple on a wooden table, morning light",
-    JobType.VIDEO_FAST: "a small sailing boat crosses a calm bay at sunset",
+    JobType.IMAGE_FAST: "a large blue star in the top left corner on a cream background",
+    JobType.VIDEO_FAST: "a large red circle moving to the right on a white background",
 }
 
 

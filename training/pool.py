@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from training.data import CAPTIONS, Scenes, Shape, stream
-from training.model import PROMPT_TOKENS, SPATIAL, Z_DIM
+from training.model import PROMPT_TOKENS, SPATIAL, TEMPORAL, Z_DIM
 from training.parallel_vae import ParallelVae
 from training.render import render
 from training.run import autocast
@@ -19,6 +20,8 @@ class Sample:
 
     latents: torch.Tensor
     ids: torch.Tensor
+    things: torch.Tensor
+    """Whether a latent pixel shows part of a thing: float [batch, 1, frames, height, width], 0 or 1."""
 
 
 class Pool:
@@ -55,6 +58,7 @@ class Pool:
         self._latents = torch.zeros(
             size, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
         )
+        self._things = torch.zeros(size[0], 1, *size[2:], device=device)
         self._ids = torch.zeros(self._size, CAPTIONS, PROMPT_TOKENS, dtype=torch.int64, device=device)
         self._dropped_ids = torch.zeros(self._size, PROMPT_TOKENS, dtype=torch.int64, device=device)
         self._scenes: Iterator[Scenes] = stream(shape, self._fresh, tokenizer=tokenizer, seed=seed, workers=workers)
@@ -69,7 +73,9 @@ class Pool:
         rows = torch.randint(self._filled, (self.batch,), device=device)
         ids = self._ids[rows, torch.randint(CAPTIONS, (self.batch,), device=device)]
         drop = torch.rand(self.batch, device=device) < dropout
-        return Sample(self._latents[rows].float(), torch.where(drop[:, None], self._dropped_ids[rows], ids))
+        return Sample(
+            self._latents[rows].float(), torch.where(drop[:, None], self._dropped_ids[rows], ids), self._things[rows]
+        )
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -79,10 +85,20 @@ class Pool:
         drawing = scenes.drawing.to(device)
         for start in range(0, self._fresh, self._piece):
             with autocast(device):
-                mean, _ = self._vae.moments(render(drawing[start : start + self._piece], self._atlas))
+                pixels = render(drawing[start : start + self._piece], self._atlas)
+                mean, _ = self._vae.moments(pixels)
             own = rows[start : start + self._piece]
             self._latents[own] = ((mean - self._mean) / self._std).to(self._latents.dtype)
+            self._things[own] = _things(pixels)
         self._ids[rows] = scenes.ids.to(device, non_blocking=True)
         self._dropped_ids[rows] = scenes.dropped_ids.to(device, non_blocking=True)
         self._next = (self._next + self._fresh) % self._size
         self._filled = min(self._filled + self._fresh, self._size)
+
+
+def _things(pixels: torch.Tensor) -> torch.Tensor:
+    """Which latent pixels show part of a thing (things are saturated, backgrounds are not), from pixels of -1 to 1."""
+    saturated = (pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True) > 0.5).float()
+    # The first latent frame stands for the first frame alone.
+    saturated = torch.cat([saturated[:, :, :1].expand(-1, -1, TEMPORAL - 1, -1, -1), saturated], dim=2)
+    return functional.max_pool3d(saturated, (TEMPORAL, SPATIAL, SPATIAL))

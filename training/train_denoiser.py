@@ -17,6 +17,7 @@ import typer
 from diffusers import AutoencoderKLWan
 from torch import nn
 from torch.nn import functional
+from transformers import T5TokenizerFast
 
 from training.captions import USUAL_NEGATIVE, caption
 from training.data import Shape
@@ -25,7 +26,7 @@ from training.model import SPATIAL, build_text_encoder, build_transformer, save_
 from training.parallel_vae import ParallelVae
 from training.pool import Pool, Sample
 from training.render import make_atlas
-from training.run import Trainer, autocast, console, cycle, pick_device, report, seed_everything
+from training.run import Trainer, autocast, channels_last, console, cycle, pick_device, report, seed_everything
 from training.world import draw_scene
 
 
@@ -42,20 +43,22 @@ class Settings:
     peak_rate: float = 1e-3
     dropout: float = 0.12
     """Share of captions dropped, for guidance."""
-    shift: float = 3.0
+    thing_weight: float = 8.0
+    """How much more a latent pixel counts that shows part of a thing: plain background is nine tenths and soon learned."""
+    shift: float = 5.0
     """Noise levels are sigmoids of normal numbers, moved towards noise by this (as flow_shift moves the sampler's): with few
     tokens to a picture, what is drawn and where is decided early."""
 
 
 MIX: tuple[tuple[Shape, float], ...] = (
-    (Shape(640, 480, 1), 0.24),
-    (Shape(832, 480, 1), 0.10),
+    (Shape(640, 480, 1), 0.30),
+    (Shape(832, 480, 1), 0.09),
     (Shape(480, 640, 1), 0.08),
-    (Shape(640, 480, 17), 0.27),
-    (Shape(832, 480, 17), 0.07),
+    (Shape(640, 480, 17), 0.29),
+    (Shape(832, 480, 17), 0.06),
     (Shape(480, 640, 17), 0.06),
-    (Shape(640, 480, 41), 0.11),
-    (Shape(640, 480, 81), 0.07),
+    (Shape(640, 480, 41), 0.07),
+    (Shape(640, 480, 81), 0.05),
 )
 """Shapes of clips and their share of the steps. Frames of other numbers follow: positions in time are shared."""
 
@@ -77,11 +80,11 @@ def noise_levels(count: int, shift: float, device: torch.device) -> torch.Tensor
 
 
 def flow_loss(
-    transformer: nn.Module, text_encoder: nn.Module, folded: FoldedPadding, sample: Sample, shift: float
+    transformer: nn.Module, text_encoder: nn.Module, folded: FoldedPadding, sample: Sample, settings: Settings
 ) -> torch.Tensor:
-    """Squared error of each clip's predicted velocity, [batch]."""
+    """Squared error of each clip's predicted velocity, things weighing more, [batch]."""
     clean = sample.latents
-    sigma = noise_levels(len(clean), shift, clean.device)
+    sigma = noise_levels(len(clean), settings.shift, clean.device)
     level = sigma.view(-1, 1, 1, 1, 1)
     noise = torch.randn_like(clean)
     with autocast(clean.device):
@@ -91,11 +94,16 @@ def flow_loss(
             encoder_hidden_states=folded.embed(text_encoder, sample.ids),
             return_dict=False,
         )[0]
-    return functional.mse_loss(prediction.float(), noise - clean, reduction="none").flatten(1).mean(dim=1)
+    error = functional.mse_loss(prediction.float(), noise - clean, reduction="none").mean(dim=1, keepdim=True)
+    weight = 1 + settings.thing_weight * sample.things
+    return (error * weight).flatten(1).sum(dim=1) / weight.flatten(1).sum(dim=1)
 
 
 def world_tokenizer(folder: Path) -> Any:
-    """The tokenizer of this world's captions: the same every time."""
+    """The tokenizer of this world's captions. It is kept in `folder`: other releases of SentencePiece find other pieces."""
+    kept = folder / "tokenizer"
+    if kept.is_dir():
+        return T5TokenizerFast.from_pretrained(kept)
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
     shapes = [(640, 480, 1), (640, 480, 17)]
@@ -104,7 +112,9 @@ def world_tokenizer(folder: Path) -> Any:
         for _ in range(4000)
         for width, height, frames in shapes
     ]
-    return train_tokenizer([*texts, USUAL_NEGATIVE], folder)
+    tokenizer = train_tokenizer([*texts, USUAL_NEGATIVE], folder)
+    tokenizer.save_pretrained(kept)
+    return tokenizer
 
 
 def train(folder: Path, vae: AutoencoderKLWan, settings: Settings, workers: int) -> dict[str, Any]:
@@ -123,10 +133,11 @@ def train(folder: Path, vae: AutoencoderKLWan, settings: Settings, workers: int)
         peak_rate=settings.peak_rate,
         device=device,
         warmup_steps=300,
+        muon=True,
     )
     folded = FoldedPadding(transformer)
     if device.type == "cuda":
-        vae.to(memory_format=torch.channels_last_3d)
+        channels_last(vae)
         torch._dynamo.config.cache_size_limit = 64
         transformer.compile_repeated_blocks(dynamic=False)
     mix, atlas = mix_of(settings.scale), make_atlas(device)
@@ -149,7 +160,7 @@ def train(folder: Path, vae: AutoencoderKLWan, settings: Settings, workers: int)
                 reuse=settings.reuse,
             )
         sample = pools[shape].draw(settings.dropout)
-        loss = flow_loss(transformer, text_encoder, folded, sample, settings.shift).mean()
+        loss = flow_loss(transformer, text_encoder, folded, sample, settings).mean()
         kind = "picture" if shape.frames == 1 else "clip"
         trainer.apply(loss, {"loss": loss, f"{kind}s": loss})
     trainer.save()
@@ -164,7 +175,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="Latent pixels a step.")] = 76_800,
     scale: Annotated[float, typer.Option(help="Of the pictures; below 1 for a trial on a small machine.")] = 1.0,
     workers: Annotated[int, typer.Option(help="Processes that prepare scenes, for each of the shapes.")] = 2,
-    reuse: Annotated[int, typer.Option(help="How often a clip's latents are used.")] = 12,
+    reuse: Annotated[int, typer.Option(help="How often a clip's latents are used.")] = 20,
     seed: int = 1,
 ) -> None:
     """Train the denoiser on the VAE's latents and save the whole model in OUT/model."""

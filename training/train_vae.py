@@ -1,7 +1,8 @@
 """Trains the VAE: rendered clips to latents and back. `python -m training.train_vae runs/vae --minutes 6`
 
 L1 and squared error on pixels, and a little KL, which keeps the latents' scale near 1 and makes neighbours decode alike.
-Mostly on pieces of 256x256 pixels, and on whole pictures, since the VAE's middle attends over all of a frame.
+Mostly on pieces of clips, and on whole pictures, since the VAE's middle attends over all of a frame. Some clips are as long
+as the service's longest: what is causal in time must have seen frames that are far from the first.
 """
 
 import random
@@ -16,7 +17,12 @@ from training.data import Shape, draw_batch, stream
 from training.model import build_vae
 from training.parallel_vae import ParallelVae
 from training.render import make_atlas, render
-from training.run import Trainer, autocast, console, cycle, pick_device, report, seed_everything
+from training.run import Trainer, autocast, channels_last, console, cycle, pick_device, report, seed_everything
+
+PIECES: tuple[tuple[int, float, float], ...] = ((17, 1.0, 0.5), (41, 0.75, 0.3), (81, 0.5, 0.2))
+"""Frames of clips, the side of their pieces as a share of `Settings.piece`, and their share of the steps on clips."""
+PICTURES = 0.3
+"""Share of the steps on whole pictures."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ def train(folder: Path, settings: Settings, workers: int) -> ParallelVae:
     seed_everything(settings.seed)
     vae = build_vae().to(device)
     if device.type == "cuda":
-        vae.to(memory_format=torch.channels_last_3d)
+        channels_last(vae)
     parallel = ParallelVae(vae)
     trainer = Trainer(
         folder,
@@ -51,18 +57,24 @@ def train(folder: Path, settings: Settings, workers: int) -> ParallelVae:
     )
     atlas = make_atlas(device)
     width, height = _scaled(640, settings.scale), _scaled(480, settings.scale)
-    clips, pictures = Shape(width, height, 9), Shape(width, height, 1)
-    sizes = {clips: settings.batch, pictures: 2 * settings.batch}
+    shapes = [Shape(width, height, 1)] + [Shape(width, height, frames) for frames, _, _ in PIECES]
+    sizes = [2 * settings.batch] + [
+        max(1, round(9 * settings.batch / (frames * side**2))) for frames, side, _ in PIECES
+    ]
+    sides = [0] + [round(side * settings.piece / 32) * 32 for _, side, _ in PIECES]
+    shares = [PICTURES] + [(1 - PICTURES) * share for _, _, share in PIECES]
     seed = f"vae {settings.seed} {trainer.step}"
-    streams = {s: stream(s, sizes[s], tokenizer=None, seed=seed, workers=workers) for s in sizes}
-    choices = cycle(lambda rng: int(rng.random() < 0.3), settings.seed, trainer.step)
+    streams = [
+        stream(shape, size, tokenizer=None, seed=seed, workers=workers)
+        for shape, size in zip(shapes, sizes, strict=True)
+    ]
+    choices = cycle(lambda rng: rng.choices(range(len(shapes)), shares)[0], settings.seed, trainer.step)
     places = random.Random(seed)
-    for whole in choices:
+    for number in choices:
         if trainer.done:
             break
-        shape = pictures if whole else clips
-        drawing = next(streams[shape]).drawing.to(device)
-        window = None if whole else _window(places, shape, settings.piece)
+        drawing = next(streams[number]).drawing.to(device)
+        window = _window(places, shapes[number], sides[number]) if sides[number] else None
         with torch.no_grad():
             pixels = render(drawing, atlas, window)
         with autocast(device):
@@ -123,7 +135,7 @@ def measure_psnr(parallel: ParallelVae, shape: Shape, clips: int, split: str = "
 def main(
     out: Path,
     minutes: float = 6.0,
-    batch: Annotated[int, typer.Option(help="Clips a step.")] = 16,
+    batch: Annotated[int, typer.Option(help="Clips of nine frames a step; fewer of more.")] = 16,
     piece: Annotated[int, typer.Option(help="Side of the pieces that clips are cut to, in pixels.")] = 256,
     scale: Annotated[float, typer.Option(help="Of the pictures; below 1 for a trial on a small machine.")] = 1.0,
     workers: int = 4,
@@ -133,13 +145,14 @@ def main(
     """Train the VAE, measure its latents and its PSNR, and save it with them in OUT/vae."""
     parallel = train(out, Settings(minutes, batch, piece, scale, seed), workers)
     width, height = _scaled(640, scale), _scaled(480, scale)
-    shapes = [Shape(width, height, 1), Shape(width, height, 17)]
-    mean, std = measure_latents(parallel, shapes, check_clips, seed)
+    shapes = [Shape(width, height, frames) for frames in (1, 17, 81)]
+    mean, std = measure_latents(parallel, shapes[:2], check_clips, seed)
     vae = build_vae(mean, std)
     vae.load_state_dict(parallel.vae.state_dict())
     vae.save_pretrained(out / "vae")
     figures = {"psnr_db_pictures": measure_psnr(parallel, shapes[0], check_clips)}
     figures["psnr_db_clips"] = measure_psnr(parallel, shapes[1], check_clips)
+    figures["psnr_db_long_clips"] = measure_psnr(parallel, shapes[2], max(1, check_clips // 4))
     report(out, figures | {"latents_mean": mean, "latents_std": std})
     console.print(f"saved {out / 'vae'}")
 

@@ -25,7 +25,7 @@ SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moo
 ROUND = ("circle", "ring")
 """Shapes whose rotation nobody sees."""
 
-SIZES: dict[str, float] = {"small": 40.0, "medium": 60.0, "large": 86.0}
+SIZES: dict[str, float] = {"small": 54.0, "medium": 76.0, "large": 104.0}
 """Radius in units. A unit is 1/480 of a picture's shorter side: a pixel at the service's sizes."""
 
 POSITIONS: dict[str, tuple[float, float]] = {

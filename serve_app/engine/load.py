@@ -20,6 +20,12 @@ DEFAULT_MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 DEFAULT_REVISION = "0fad780a534b6463e45facd96134c9f345acfa5b"
 """The commit of `DEFAULT_MODEL` that the service was measured with; pinned so that a push to the hub changes nothing."""
 
+WAN_SHAPES = Path(__file__).parents[1] / "models" / "wan_shapes"
+"""The bundled demonstration model: it knows a small world of coloured shapes (training/README.md)."""
+
+TINY_MODEL = "tiny"
+"""The `source` of the tiny untrained model, which tests run."""
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -51,10 +57,13 @@ def pick_device(device: str) -> str:
 def resolve_model(model: str | None, revision: str | None, device: str, data_dir: Path) -> ModelSource:
     """The model that the settings mean. `device` is `cuda` or `cpu`.
 
-    Without a `model`: Wan 2.1 T2V 1.3B at its pinned revision on `cuda`, the tiny untrained model on `cpu` (built under
-    `data_dir/models/tiny` if it is not there). Raises `ModelNotLoadable` for a directory that does not exist.
+    Without a `model`: Wan 2.1 T2V 1.3B at its pinned revision on `cuda`, the bundled wan-shapes on `cpu`. `tiny` is the
+    untrained test model, built under `data_dir/models/tiny` if it is not there. Raises `ModelNotLoadable` for a directory
+    that does not exist.
     """
     if model is None and device == "cpu":
+        return ModelSource(str(WAN_SHAPES), None, trained=True)
+    if model == TINY_MODEL:
         return ModelSource(str(build_tiny_model(data_dir / "models" / "tiny")), None, trained=False)
     if model is None or model == DEFAULT_MODEL:
         return ModelSource(DEFAULT_MODEL, revision or DEFAULT_REVISION, trained=True)

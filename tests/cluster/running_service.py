@@ -14,6 +14,9 @@ import httpx
 import psutil
 import yaml
 
+from serve_app.engine.load import TINY_MODEL
+from serve_app.jobs.presets import DEFAULT_MODEL_NAME
+
 ROOT = Path(__file__).parents[2]
 METRICS_SOON = {"RAY_metrics_report_interval_ms": "2000"}
 
@@ -25,11 +28,15 @@ def free_port() -> int:
 
 
 def write_config(folder: Path, *, http: dict[str, Any] | None = None, **args: Any) -> Path:
-    """`cluster/local.yaml` with a data folder and a port of its own."""
+    """`cluster/local.yaml` with a data folder and a port of its own, with the tiny untrained model."""
     config = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
     config["http_options"] |= {"port": free_port()} | (http or {})
     config["logging_config"] |= {"encoding": "JSON"}
-    config["applications"][0]["args"] = {"data_dir": str(folder / "data"), "lease_s": 2.0} | args
+    config["applications"][0]["args"] = {
+        "data_dir": str(folder / "data"),
+        "lease_s": 2.0,
+        "models": {DEFAULT_MODEL_NAME: {"source": TINY_MODEL}},
+    } | args
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

@@ -31,7 +31,10 @@ LONG = {"type": "video_fast", "shots": SHOTS, "sample_steps": 4, "seed": 3}
 def service() -> Iterator[RunningService]:
     """Two generator replicas of one model, and one of another."""
     with tempfile.TemporaryDirectory(prefix="wan-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        models = {"models": {"wan-1.3b": {}, "other": {}}, "job_types": {"image_high": {"model": "other"}}}
+        models = {
+            "models": {"wan-1.3b": {"source": "tiny"}, "other": {"source": "tiny"}},
+            "job_types": {"image_high": {"model": "other"}},
+        }
         path = write_config(Path(folder), checkpoint_every_s=0.3, **models)
         config = yaml.safe_load(path.read_text())
         deployments = config["applications"][0]["deployments"]

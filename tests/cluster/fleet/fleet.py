@@ -151,6 +151,7 @@ class Fleet:
             "data_dir": str(self.folder / "data"),
             "store_url": self.store.url,
             "device": "cpu",
+            "models": {"wan-1.3b": {"source": "tiny"}},
             "storage": "supabase",
             "supabase_url": self.storage.url,
             "supabase_key": self.storage.key,

@@ -16,6 +16,8 @@ from serve_app.engine import tiny as tiny_module
 from serve_app.engine.load import (
     DEFAULT_MODEL,
     DEFAULT_REVISION,
+    TINY_MODEL,
+    WAN_SHAPES,
     ModelSource,
     load_pipeline,
     pick_device,
@@ -107,7 +109,13 @@ def test_tiny_model_never_overwrites_something_else(tmp_path: Path) -> None:
 def test_resolve_without_a_model(tmp_path: Path) -> None:
     assert resolve_model(None, None, "cuda", tmp_path) == ModelSource(DEFAULT_MODEL, DEFAULT_REVISION, trained=True)
     on_cpu = resolve_model(None, None, "cpu", tmp_path)
-    assert on_cpu == ModelSource(str(tmp_path / "models" / "tiny"), None, trained=False)
+    assert on_cpu == ModelSource(str(WAN_SHAPES), None, trained=True)
+    assert not (tmp_path / "models").exists(), "nothing is built"
+
+
+def test_resolve_the_tiny_model(tmp_path: Path) -> None:
+    tiny = resolve_model(TINY_MODEL, None, "cpu", tmp_path)
+    assert tiny == ModelSource(str(tmp_path / "models" / "tiny"), None, trained=False)
 
 
 def test_resolve_a_model_that_is_named(tiny: ModelSource, tmp_path: Path) -> None:
