@@ -89,7 +89,7 @@ class _Reader:
             time.monotonic(),
             [
                 replace(clip, remaining_s=clip.remaining_s * likely) if likely > 1 else clip
-                for clip in (*(clip for job in queued for clip in job.outstanding), *work.unplaced)
+                for clip in (*(clip for job in queued for clip in job.outstanding()), *work.unplaced)
             ],
             work.replicas,
         )

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 import ray
 
 from deployments.patience import patiently
+from serve_app.engine.clip import ClipRequest
 from serve_app.jobs.claimed import claimed_work
 from serve_app.jobs.job import Job
 from serve_app.jobs.replica import ReplicaReport
@@ -24,6 +25,7 @@ class Claims:
         self._settings = settings
         self._models = models
         self._cluster = ray.get_runtime_context().get_session_name()
+        self._waiting = {model: placement.Waiting(settings.look_ahead_s) for model in models}
 
     async def take(self, may_drive_more: Callable[[], bool]) -> AsyncIterator[Job]:
         """A job of each model that has one which fits, as long as more may be driven. Raises StoreUnavailable."""
@@ -33,6 +35,8 @@ class Claims:
             {replica.id: {clip.clip_id: clip.remaining_s for clip in replica.clips} for replica in own},
             time.monotonic(),
         )
+        for model, waiting in self._waiting.items():
+            waiting.let_go(placement.HERE.backlog_s([replica.id for replica in own if replica.model == model]))
         # During an upgrade two clusters share a store: the one whose replicas are still to come leaves the jobs to the other.
         elsewhere = {replica.model for replica in replicas} - {replica.model for replica in own}
         for model in set(self._models) - elsewhere:
@@ -43,6 +47,22 @@ class Claims:
         work = claimed_work(model, own, running)
         horizons = claim_horizons(work.replicas, work.unplaced, self._settings.look_ahead_s, time.time())
         return await self._store.claim(model=model, horizons=horizons, lease_s=self._settings.lease_s)
+
+    async def room_for(self, clip: ClipRequest, model: str) -> None:
+        """Wait until a replica of the model has little enough to do.
+
+        For the clips of a long video: were all sent at once, those that are there would keep them from those that come.
+        """
+        may_go = asyncio.get_running_loop().create_future()
+
+        def let_go() -> bool:
+            wanted = not may_go.done()
+            if wanted:
+                may_go.set_result(None)
+            return wanted
+
+        self._waiting[model].add(clip.clip_id, clip.deadline, clip.estimated_gpu_s, let_go)
+        await may_go
 
     async def replicas_to_come(self, model: str) -> None:
         """Wait for the first replica of a model that BacklogPolicy scales from zero.

@@ -90,6 +90,7 @@ class Conductor:
         while True:
             if missing := [clip for clip in drive.clips if clip.ready is None]:
                 await self._enter(job, drive, Stage.GENERATING, progress=Progress())
+                await self._tell_clips_to_make(drive)
                 try:
                     await _all(self._make(job, drive, clip) for clip in missing)
                 except MakeAgain:
@@ -131,6 +132,7 @@ class Conductor:
             try:
                 async with self._last_attempt.alone(job, clip):
                     clip.ready = await self._generate(job, drive, clip)
+                await self._tell_clips_to_make(drive)
             except LeaseLost:
                 raise
             except Exception as error:
@@ -174,6 +176,8 @@ class Conductor:
             estimated_gpu_s=job.estimated_gpu_s / len(drive.clips),
         )
         await self._claims.replicas_to_come(spec.model)
+        if len(drive.clips) > 1:
+            await self._claims.room_for(request, spec.model)
         clip.stream = self._generators[spec.model].generate.remote(request, drive.trace.traceparent)
         async for event in clip.stream:
             match event:
@@ -198,6 +202,11 @@ class Conductor:
                 case ClipReady():
                     return event
         raise ReplicaLost(f"the generator replica closed the stream of clip {request.clip_id} before its end")
+
+    async def _tell_clips_to_make(self, drive: Drive) -> None:
+        if len(drive.clips) > 1:
+            to_make = sum(clip.ready is None for clip in drive.clips)
+            await patiently(self._store.note_clips_to_make)(drive.lease, to_make)
 
     async def _tell_progress(self, drive: Drive, *, last: bool) -> None:
         now = time.monotonic()

@@ -1,5 +1,6 @@
 """Where the claimed work of a model is: what each replica holds, and what no replica reports yet."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ class ClaimedWork:
     replicas: list[list[Outstanding]]
     """What each replica holds, in the order of their reports."""
     unplaced: list[Outstanding]
-    """Clips of jobs that no replica reports: on their way, or waiting for a first replica."""
+    """Clips that no replica reports: on their way, or waiting for room or for a first replica."""
 
 
 def claimed_work(model: str, reports: Sequence[ReplicaReport], running: Sequence[JobWork]) -> ClaimedWork:
@@ -27,8 +28,8 @@ def claimed_work(model: str, reports: Sequence[ReplicaReport], running: Sequence
     generating = [job for job in running if job.model == model and job.stage in (None, Stage.GENERATING)]
     ids = {job.id for job in generating}
     held = [[clip for clip in report.clips if clip.job_id in ids] for report in reports if report.model == model]
-    placed = {clip.job_id for clips in held for clip in clips}
+    placed = Counter(clip.job_id for clips in held for clip in clips)
     return ClaimedWork(
         [[Outstanding(clip.deadline, clip.remaining_s) for clip in clips] for clips in held],
-        [clip for job in generating if job.id not in placed for clip in job.outstanding],
+        [clip for job in generating for clip in job.outstanding(max(0, job.clips_to_make - placed[job.id]))],
     )

@@ -369,7 +369,7 @@ local function live_replicas(keys)
   return redis.call('HVALS', keys[1] .. ':replica_reports')
 end
 
-local WORK = { 'model_', 'clips_', 'deadline', 'estimated_gpu_s', 'stage' }
+local WORK = { 'model_', 'clips_', 'deadline', 'estimated_gpu_s', 'stage', 'clips_to_make_' }
 
 -- Of each job its id and WORK, in one flat list.
 local function work_of(prefix, ids)

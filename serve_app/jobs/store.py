@@ -125,11 +125,13 @@ class JobWork:
     deadline: float
     estimated_gpu_s: float
     stage: Stage | None
+    clips_to_make: int
+    """Of its clips, those that are not made yet."""
 
-    @property
-    def outstanding(self) -> list[Outstanding]:
-        """Its clips, which run side by side, each with its share of the work."""
-        return [Outstanding(self.deadline, self.estimated_gpu_s / self.clips)] * self.clips
+    def outstanding(self, clips: int | None = None) -> list[Outstanding]:
+        """So many of its clips, by default all, which run side by side, each with its share of the work."""
+        each = Outstanding(self.deadline, self.estimated_gpu_s / self.clips)
+        return [each] * (self.clips if clips is None else clips)
 
 
 @dataclass(frozen=True)
@@ -325,6 +327,10 @@ class JobStore:
             "write", lease.job_id, lease.token, event or "", to_json(data or {}), *_encode(fields)
         )
         _held(answer, lease)
+
+    async def note_clips_to_make(self, lease: Lease, clips: int) -> None:
+        """Tell those who plan (`JobWork`) how many of the job's clips are still to be made. Raises `LeaseLost`."""
+        await self.write(lease, clips_to_make_=clips)
 
     async def finish(self, lease: Lease, status: JobStatus, data: dict[str, Any] | None = None, **fields: Any) -> None:
         """End the job with `status` and its last fields; the final event is named after the status. Raises `LeaseLost`."""
@@ -566,8 +572,9 @@ def _work(flat: Sequence[bytes]) -> list[JobWork]:
             float(flat[n + 3]),
             float(flat[n + 4]),
             Stage(stage) if (stage := json.loads(flat[n + 5])) else None,
+            int(flat[n + 2] if flat[n + 6] is None else flat[n + 6]),
         )
-        for n in range(0, len(flat), 6)
+        for n in range(0, len(flat), 7)
     ]
 
 

@@ -1,7 +1,9 @@
 """Which replica gets a clip: the one with the least backlog in GPU-seconds (DESIGN.md section 4)."""
 
+import heapq
+import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -57,17 +59,50 @@ class Placement:
         """
         with self._lock:
             self._sent.pop(clip_id, None)
-            backlog_s = {
-                replica: sum(self._reports[replica].clips.values()) if replica in self._reports else 0.0
-                for replica in replicas
-            }
-            for sent in self._sent.values():
-                if sent.replica in backlog_s:
-                    backlog_s[sent.replica] += sent.work_s
+            backlog_s = self._backlog_s(replicas)
             order = sorted(replicas, key=lambda replica: (backlog_s[replica], _draw(clip_id, replica)))
             if order:
                 self._sent[clip_id] = _Sent(order[0], work_s, now)
             return order
+
+    def backlog_s(self, replicas: Sequence[str]) -> list[float]:
+        """GPU-seconds that each of the `replicas` has to do."""
+        with self._lock:
+            return list(self._backlog_s(replicas).values())
+
+    def _backlog_s(self, replicas: Sequence[str]) -> dict[str, float]:
+        backlog_s = {
+            replica: sum(self._reports[replica].clips.values()) if replica in self._reports else 0.0
+            for replica in replicas
+        }
+        for sent in self._sent.values():
+            if sent.replica in backlog_s:
+                backlog_s[sent.replica] += sent.work_s
+        return backlog_s
+
+
+class Waiting:
+    """Clips that wait for room at a replica, so that those which come late get their share; earliest deadline first."""
+
+    def __init__(self, look_ahead_s: float) -> None:
+        self._look_ahead_s = look_ahead_s
+        self._clips: list[tuple[float, str, float, Callable[[], bool]]] = []
+
+    def add(self, clip_id: str, deadline: float, work_s: float, let_go: Callable[[], bool]) -> None:
+        """`let_go` is called when the clip may be sent; it says whether anybody still wants to send it."""
+        heapq.heappush(self._clips, (deadline, clip_id, work_s, let_go))
+
+    def let_go(self, backlog_s: Sequence[float]) -> None:
+        """Let clips go as long as a replica, of which each has so many GPU-seconds to do, has less than `look_ahead_s`, or none.
+
+        Without replicas one goes, to be there for the first.
+        """
+        loads = list(backlog_s) or [0.0, math.inf]
+        heapq.heapify(loads)
+        while self._clips and (loads[0] == 0 or loads[0] < self._look_ahead_s):
+            _, _, work_s, let_go = heapq.heappop(self._clips)
+            if let_go():
+                heapq.heapreplace(loads, loads[0] + max(work_s, math.ulp(0.0)) if backlog_s else math.inf)
 
 
 def _draw(clip_id: str, replica: str) -> bytes:

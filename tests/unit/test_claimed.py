@@ -7,8 +7,10 @@ from serve_app.jobs.store import JobWork
 from serve_app.scheduling.claim import Outstanding
 
 
-def job(id: str, *, model: str = "small", clips: int = 1, stage: Stage | None = Stage.GENERATING) -> JobWork:
-    return JobWork(id, model, clips, deadline=100.0, estimated_gpu_s=12.0, stage=stage)
+def job(
+    id: str, *, model: str = "small", clips: int = 1, made: int = 0, stage: Stage | None = Stage.GENERATING
+) -> JobWork:
+    return JobWork(id, model, clips, 100.0, estimated_gpu_s=12.0, stage=stage, clips_to_make=clips - made)
 
 
 def replica(*held: tuple[str, float], model: str = "small") -> ReplicaReport:
@@ -28,6 +30,12 @@ def test_each_replica_has_what_it_reports_and_idle_ones_count() -> None:
 def test_a_job_that_no_replica_reports_waits_with_all_its_clips() -> None:
     work = claimed_work("small", [replica()], [job("a", clips=3, stage=None)])
     assert work.unplaced == [Outstanding(100.0, 4.0)] * 3
+
+
+def test_clips_of_one_job_wait_beside_those_that_replicas_have_and_those_that_are_made() -> None:
+    work = claimed_work("small", [replica(("a", 3.0)), replica(("a", 1.0))], [job("a", clips=6, made=1)])
+    assert work.replicas == [[Outstanding(100.0, 3.0)], [Outstanding(100.0, 1.0)]]
+    assert work.unplaced == [Outstanding(100.0, 2.0)] * 3
 
 
 def test_what_is_made_or_ended_is_no_work() -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.scheduling.placement import FORGOTTEN_S, UNHEARD_S, Placement
+from serve_app.scheduling.placement import FORGOTTEN_S, UNHEARD_S, Placement, Waiting
 
 
 def test_the_least_backlog_wins_whatever_the_number_of_clips() -> None:
@@ -86,3 +86,46 @@ def test_no_replica_is_ahead_by_more_than_a_clip(works: list[float], count: int)
     for n, work_s in enumerate(works):
         loads[placement.place(f"clip-{n}", work_s, names, 0.0)[0]] += work_s
     assert max(loads.values()) - min(loads.values()) <= max(works) + 1e-6
+
+
+def let_go(waiting: Waiting, backlog_s: list[float]) -> list[str]:
+    gone.clear()
+    waiting.let_go(backlog_s)
+    return list(gone)
+
+
+gone: list[str] = []
+
+
+def wait(waiting: Waiting, name: str, deadline: float, *, wanted: bool = True) -> None:
+    def go() -> bool:
+        if wanted:
+            gone.append(name)
+        return wanted
+
+    waiting.add(name, deadline, 50.0, go)
+
+
+def test_clips_wait_until_a_replica_has_little_to_do_and_go_by_deadline() -> None:
+    waiting = Waiting(look_ahead_s=60.0)
+    for number, deadline in enumerate((4.0, 2.0, 3.0, 5.0, 6.0, 7.0)):
+        wait(waiting, f"clip-{number}", deadline)
+    assert let_go(waiting, [60.0]) == []
+    assert let_go(waiting, [0.0, 61.0]) == ["clip-1", "clip-2"]  # 50 GPU-seconds there are less than 60, 100 are not
+    assert let_go(waiting, [59.0, 0.0]) == ["clip-0", "clip-3", "clip-4"]
+    assert let_go(waiting, [100.0, 100.0]) == []
+
+
+def test_an_idle_replica_takes_a_clip_however_little_may_wait() -> None:
+    waiting = Waiting(look_ahead_s=0.001)
+    for number in range(3):
+        wait(waiting, f"clip-{number}", 1.0)
+    assert let_go(waiting, [0.0, 0.0]) == ["clip-0", "clip-1"]
+
+
+def test_without_replicas_one_clip_goes_ahead() -> None:
+    waiting = Waiting(look_ahead_s=60.0)
+    wait(waiting, "cancelled", 1.0, wanted=False)
+    for number in range(3):
+        wait(waiting, f"clip-{number}", 2.0)
+    assert let_go(waiting, []) == ["clip-0"]
