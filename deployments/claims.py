@@ -36,7 +36,8 @@ class Claims:
             time.monotonic(),
         )
         for model, waiting in self._waiting.items():
-            waiting.let_go(placement.HERE.backlog_s([replica.id for replica in own if replica.model == model]))
+            there = [replica.id for replica in own if replica.model == model]
+            waiting.let_go(placement.HERE.backlog_s(there), time.monotonic())
         # During an upgrade two clusters share a store: the one whose replicas are still to come leaves the jobs to the other.
         elsewhere = {replica.model for replica in replicas} - {replica.model for replica in own}
         for model in set(self._models) - elsewhere:

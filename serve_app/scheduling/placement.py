@@ -9,6 +9,8 @@ from hashlib import blake2b
 
 UNHEARD_S = 3.0
 """A replica reports once a second: a clip that was sent there so long ago, and that its report does not have, has ended."""
+AHEAD_EVERY_S = 30.0
+"""How often a clip goes ahead to where there is no replica yet: Serve's own autoscaling starts one for a request that waits."""
 FORGOTTEN_S = 60.0
 """So long after its last report a replica is forgotten. Until then it has what it had: it may only be too busy to report, and
 whether it hangs is for health checks to find."""
@@ -87,22 +89,30 @@ class Waiting:
     def __init__(self, look_ahead_s: float) -> None:
         self._look_ahead_s = look_ahead_s
         self._clips: list[tuple[float, str, float, Callable[[], bool]]] = []
+        self._ahead_at = -math.inf
 
     def add(self, clip_id: str, deadline: float, work_s: float, let_go: Callable[[], bool]) -> None:
         """`let_go` is called when the clip may be sent; it says whether anybody still wants to send it."""
         heapq.heappush(self._clips, (deadline, clip_id, work_s, let_go))
 
-    def let_go(self, backlog_s: Sequence[float]) -> None:
+    def let_go(self, backlog_s: Sequence[float], now: float) -> None:
         """Let clips go as long as a replica, of which each has so many GPU-seconds to do, has less than `look_ahead_s`, or none.
 
-        Without replicas one goes, to be there for the first.
+        Without replicas one goes, to be there for the first, and another `AHEAD_EVERY_S` later, should that have come to nothing.
         """
-        loads = list(backlog_s) or [0.0, math.inf]
+        loads = list(backlog_s)
+        if not loads and now - self._ahead_at >= AHEAD_EVERY_S:
+            loads = [0.0]
         heapq.heapify(loads)
-        while self._clips and (loads[0] == 0 or loads[0] < self._look_ahead_s):
+        while self._clips and loads and (loads[0] == 0 or loads[0] < self._look_ahead_s):
             _, _, work_s, let_go = heapq.heappop(self._clips)
-            if let_go():
-                heapq.heapreplace(loads, loads[0] + max(work_s, math.ulp(0.0)) if backlog_s else math.inf)
+            if not let_go():
+                continue
+            if backlog_s:
+                heapq.heapreplace(loads, loads[0] + max(work_s, math.ulp(0.0)))
+            else:
+                self._ahead_at = now
+                return
 
 
 def _draw(clip_id: str, replica: str) -> bytes:

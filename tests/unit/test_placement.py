@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.scheduling.placement import FORGOTTEN_S, UNHEARD_S, Placement, Waiting
+from serve_app.scheduling.placement import AHEAD_EVERY_S, FORGOTTEN_S, UNHEARD_S, Placement, Waiting
 
 
 def test_the_least_backlog_wins_whatever_the_number_of_clips() -> None:
@@ -88,9 +88,9 @@ def test_no_replica_is_ahead_by_more_than_a_clip(works: list[float], count: int)
     assert max(loads.values()) - min(loads.values()) <= max(works) + 1e-6
 
 
-def let_go(waiting: Waiting, backlog_s: list[float]) -> list[str]:
+def let_go(waiting: Waiting, backlog_s: list[float], now: float = 0.0) -> list[str]:
     gone.clear()
-    waiting.let_go(backlog_s)
+    waiting.let_go(backlog_s, now)
     return list(gone)
 
 
@@ -128,4 +128,7 @@ def test_without_replicas_one_clip_goes_ahead() -> None:
     wait(waiting, "cancelled", 1.0, wanted=False)
     for number in range(3):
         wait(waiting, f"clip-{number}", 2.0)
-    assert let_go(waiting, []) == ["clip-0"]
+    assert let_go(waiting, [], 0.0) == ["clip-0"]
+    assert let_go(waiting, [], AHEAD_EVERY_S / 2) == []
+    assert let_go(waiting, [], AHEAD_EVERY_S) == ["clip-1"]
+    assert let_go(waiting, [0.0], AHEAD_EVERY_S) == ["clip-2"]
