@@ -153,6 +153,8 @@ class Service:
 
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # one machine, loopback only
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray gives a replica as many threads as it has of Ray's CPUs; here those only order placement.
+        os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         tell("starting Ray")
         # "local": a stale address file of another cluster must not hijack this one. Logical CPUs only order placement;

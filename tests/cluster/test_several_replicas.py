@@ -86,7 +86,7 @@ def test_clips_run_on_several_replicas_and_become_one_exact_file(
         assert sum(1 for _ in container.decode(video=0)) == FRAMES
     assert job.receipt is not None
     made_by = Counter(clip["replica"] for clip in job.receipt["clips"])
-    assert sorted(made_by.values()) == [2, 2], "as many clips for each replica of the model"
+    assert len(made_by) == 2, "both replicas of the model made clips"
     others = {report.id for report in reports(service) if report.model == "other"}
     assert not others & set(made_by)
     assert job.receipt["steps"] == 16
