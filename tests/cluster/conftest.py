@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from serve_app.client import Client
+from serve_app.engine.load import TINY_MODEL
+from serve_app.jobs.presets import DEFAULT_MODEL_NAME
 from tests.cluster.running_service import RunningService, write_config
 from tests.otlp_receiver import OtlpReceiver
 from tests.receiver import SECRET
@@ -25,7 +27,8 @@ def collector() -> Iterator[OtlpReceiver]:
 def service(collector: OtlpReceiver) -> Iterator[RunningService]:
     with tempfile.TemporaryDirectory(prefix="wan-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         webhooks = {"webhook_secrets": {"anonymous": SECRET}, "webhook_allow_private": True}
-        watching = {"otlp_endpoint": collector.url, "models": {"wan-1.3b": {"gpu_price_per_hour": PRICE}}}
+        model = {"source": TINY_MODEL, "gpu_price_per_hour": PRICE}
+        watching = {"otlp_endpoint": collector.url, "models": {DEFAULT_MODEL_NAME: model}}
         service = RunningService(write_config(Path(folder), **webhooks, **watching))
         yield service
         left = service.stop()
