@@ -229,7 +229,8 @@ async def test_a_hostile_receiver_fails_and_the_next_is_served(store: JobStore, 
     async with (
         receiving(behaviour) as hostile,
         receiving() as friendly,
-        delivering(store, deliverer(timeout_s=0.3), retry_in_s=()),
+        # Only who waits for the time limit gets a short one: a busy machine must not run into it.
+        delivering(store, deliverer(timeout_s=0.3 if "0.3 s" in error else 10.0), retry_in_s=()),
     ):
         bad = await ended(store, hostile.url)
         good = await ended(store, friendly.url)

@@ -1,5 +1,6 @@
 """The image recipe: a linter's opinion, and that what it copies is there and nothing else is sent to the builder."""
 
+import glob
 import json
 import re
 import subprocess
@@ -63,10 +64,11 @@ def test_the_packages_hold_every_file_that_the_code_reads() -> None:
     """What is not Python goes into an installed package only where pyproject.toml says so."""
     setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     for room in ("serve_app", "deployments"):
-        patterns = setup["package-data"].get(room, [])
-        for path in (ROOT / room).rglob("*"):
-            if path.is_file() and path.suffix not in (".py", ".pyc"):
-                inside = path.relative_to(ROOT / room)
-                assert any(path.match(pattern) or inside.match(pattern) for pattern in patterns), (
-                    f"{inside} is left out"
-                )
+        folder = ROOT / room
+        held = {
+            name
+            for pattern in setup["package-data"].get(room, [])
+            for name in glob.glob(pattern, root_dir=folder, recursive=True)  # as setuptools does
+        }
+        others = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc"))
+        assert {str(path.relative_to(folder)) for path in others} <= held
