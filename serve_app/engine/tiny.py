@@ -1,4 +1,4 @@
-"""A tiny untrained model of Wan's own classes, built on the spot: for tests and for machines without a GPU.
+"""A tiny untrained model of Wan's own classes, built on the spot, for tests.
 
 It goes through the same loading and the same code as the real model and makes noise of the right size. It is quick at
 full size because its VAE ends at a quarter of the resolution and unfolds each pixel into 4x4 (`patch_size`), so that a
