@@ -130,7 +130,7 @@ class Conductor:
         """One clip, tried again as long as its budget lasts, each time from its last checkpoint."""
         while clip.ready is None:
             try:
-                async with self._last_attempt.alone(job, clip):
+                async with self._last_attempt.guarded(job, clip):
                     clip.ready = await self._generate(job, drive, clip)
                 await self._tell_clips_to_make(drive)
             except LeaseLost:
@@ -224,7 +224,7 @@ class Conductor:
             job.lost_conductors = 0
             async with drive.writing:
                 await patiently(self._store.write)(drive.lease, setbacks=job.setbacks, lost_conductors=0)
-        await self._last_attempt.let_others(job.id, clip)
+        await self._last_attempt.let_go(job.id, clip)
 
     async def _finish(self, job: Job, drive: Drive, clips: list[ClipReady], receipt: dict[str, Any]) -> Delivered:
         """Join, upscale, encode, mark, check and upload on a finisher replica, what it says written as progress."""

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from deployments.generator import ClipReady
 from serve_app.jobs.job import Job, JobStatus, Progress, Shot, StageProgress
@@ -21,8 +21,8 @@ class ClipDrive:
     """Open until the job is done with the frames: its end tells the replica to let go of them."""
     ready: ClipReady | None = None
     tries: int = 0
-    alone: bool = False
-    """Whether it holds the lock of the one clip that may be on its last attempt."""
+    lock: Literal["shared", "alone"] | None = None
+    """How it has, or waits for, the lock of clips whose attempts failed (last_attempt.py)."""
     started: bool = False
     """Whether this try was given the device."""
     step: int = 0

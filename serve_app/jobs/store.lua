@@ -293,19 +293,31 @@ local function delete(keys, argv)
   return 'ok'
 end
 
--- hold: name, holder, for_s -> 1 if `holder` has the lock of that name now, until it was silent for so long; else 0
+-- hold: name, holder, for_s, shared ('1' or '0') -> 1 if `holder` has the lock of that name now, until it was silent for so
+-- long; else 0. Shared, it is had beside other sharers. One that wants it alone is asked to wait for those, and from
+-- then on no further one comes in.
 local function hold(keys, argv)
-  local key = keys[1] .. ':lock:' .. argv[1]
-  local holder = redis.call('GET', key)
+  local alone, sharers = keys[1] .. ':lock:' .. argv[1], keys[1] .. ':sharers:' .. argv[1]
+  local moment, lease_ms = now(), math.ceil(tonumber(argv[3]) * 1000)
+  redis.call('ZREMRANGEBYSCORE', sharers, '-inf', moment)
+  local holder = redis.call('GET', alone)
+  if argv[4] == '1' then
+    if holder and not redis.call('ZSCORE', sharers, argv[2]) then return 0 end
+    redis.call('ZADD', sharers, string.format('%.3f', moment + lease_ms / 1000), argv[2])
+    redis.call('PEXPIRE', sharers, lease_ms)
+    return 1
+  end
   if holder and holder ~= argv[2] then return 0 end
-  redis.call('SET', key, argv[2], 'PX', math.ceil(tonumber(argv[3]) * 1000))
-  return 1
+  redis.call('SET', alone, argv[2], 'PX', lease_ms)
+  redis.call('ZREM', sharers, argv[2])
+  return redis.call('ZCARD', sharers) == 0 and 1 or 0
 end
 
 -- release: name, holder
 local function release(keys, argv)
   local key = keys[1] .. ':lock:' .. argv[1]
   if redis.call('GET', key) == argv[2] then redis.call('DEL', key) end
+  redis.call('ZREM', keys[1] .. ':sharers:' .. argv[1], argv[2])
 end
 
 -- expired: retention_s ('inf' for ever), most, skip, limit -> ids of finished jobs, oldest first, that are older or too many

@@ -363,9 +363,13 @@ class JobStore:
 
     # ---- retention --------------------------------------------------------------------------------------------------
 
-    async def hold(self, lock: str, holder: str, *, for_s: float) -> bool:
-        """Take or renew a lock that is free again once its holder was silent for so long; whether `holder` has it."""
-        return bool(await self._call("hold", lock, holder, for_s))
+    async def hold(self, lock: str, holder: str, *, for_s: float, shared: bool = False) -> bool:
+        """Take or renew a lock that is free again once its holder was silent for so long; whether `holder` has it.
+
+        Shared, it is had beside other sharers. Who asks for it alone keeps further sharers out from then on, and has it
+        when the last one has let go: until then it asks again and again, and releases it where it gives up.
+        """
+        return bool(await self._call("hold", lock, holder, for_s, int(shared)))
 
     async def release(self, lock: str, holder: str) -> None:
         """Give a lock back at once, if `holder` still has it."""

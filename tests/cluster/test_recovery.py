@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from serve_app.api.schemas import JobView
@@ -27,7 +26,7 @@ def storage() -> Iterator[SupabaseServer]:
 
 @pytest.fixture(scope="module")
 def service(storage: SupabaseServer) -> Iterator[RunningService]:
-    """Its artifacts go to Supabase's stand-in; checkpoints are so frequent that each step or two has one."""
+    """Its artifacts go to Supabase's stand-in; checkpoints are so frequent that each second has one."""
     with tempfile.TemporaryDirectory(prefix="wan-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         config = write_config(
             Path(folder),
@@ -36,7 +35,7 @@ def service(storage: SupabaseServer) -> Iterator[RunningService]:
             supabase_key=storage.key,
             storage_timeout_s=2.0,
             storage_attempts=2,
-            checkpoint_every_s=0.3,
+            checkpoint_every_s=1.0,
         )
         service = RunningService(config)
         yield service
@@ -71,10 +70,10 @@ def shown(client: Client, job: JobView) -> list[str]:
 def test_a_killed_replicas_clip_goes_on_from_its_checkpoint_to_the_same_bits(
     client: Client, service: RunningService
 ) -> None:
-    quiet = succeeded(client, submit(client))
-    job_id = submit(client)
+    quiet = succeeded(client, submit(client, steps=60))
+    job_id = submit(client, steps=60)
     for event in client.events(job_id):
-        if event.name == "progress" and event.data["step"] >= 10:
+        if event.name == "progress" and event.data["step"] >= 40:
             break
     service.replica("Generator").kill()
     job = succeeded(client, job_id)
@@ -162,12 +161,8 @@ def test_a_poison_job_is_stopped_after_three_attempts(client: Client, service: R
     """Its replica dies each time before anything was saved; a job beside it gets through, and the service goes on."""
     beside_id = submit(client, steps=60)
     until(client, beside_id, "progress")
-    job_id = client.submit("a poisoned apple", "image_fast", sample_steps=100).id
-    killed: set[int] = set()
-    while not client.get(job_id).status.is_final:
-        job = client.get(job_id)
-        if job.status == JobStatus.RUNNING and job.stage == "generating":
-            killed |= kill_generator_at_step(client, service, job_id, killed)
+    job_id = client.submit("a poisoned apple", "image_high", sample_steps=100).id
+    killed = kill_each_replica_of(client, service, job_id)
     job = client.get(job_id)
     assert job.error is not None
     assert job.error.code == "attempts_exhausted"
@@ -179,15 +174,16 @@ def test_a_poison_job_is_stopped_after_three_attempts(client: Client, service: R
     succeeded(client, submit(client, steps=1, frames=1))
 
 
-def kill_generator_at_step(client: Client, service: RunningService, job_id: str, killed: set[int]) -> set[int]:
-    """Wait until the job's clip is on a replica that was not killed yet, and kill that."""
-    while not client.get(job_id).status.is_final:
-        try:
+def kill_each_replica_of(client: Client, service: RunningService, job_id: str) -> set[int]:
+    """Each time that the job steps, kill the replica that does it, until the job ends. The processes that were killed."""
+    killed: set[int] = set()
+    stepping_again = True
+    for event in client.events(job_id):
+        if event.name == "retry":
+            stepping_again = True
+        elif stepping_again and event.name == "progress" and event.data["step"] > 0:
             replica = service.replica("Generator")
-        except (AssertionError, psutil.NoSuchProcess):
-            continue
-        if replica.pid not in killed and client.get(job_id).progress.step > 0:
             replica.kill()
-            return {replica.pid}
-        time.sleep(0.02)
-    return set()
+            killed.add(replica.pid)
+            stepping_again = False
+    return killed

@@ -329,3 +329,26 @@ async def test_a_released_lock_is_free_at_once_and_only_for_its_holder(store: Jo
     assert not await store.hold("last-attempt", "b", for_s=30)
     await store.release("last-attempt", "a")
     assert await store.hold("last-attempt", "b", for_s=30)
+
+
+async def test_who_wants_a_lock_alone_waits_for_its_sharers_and_keeps_further_ones_out(store: JobStore) -> None:
+    assert await store.hold("last-attempt", "a", for_s=30, shared=True)
+    assert await store.hold("last-attempt", "b", for_s=30, shared=True)
+    assert not await store.hold("last-attempt", "alone", for_s=30)
+    assert not await store.hold("last-attempt", "late", for_s=30, shared=True)
+    assert await store.hold("last-attempt", "a", for_s=30, shared=True), "a sharer renews"
+    await store.release("last-attempt", "a")
+    assert not await store.hold("last-attempt", "alone", for_s=30)
+    await store.release("last-attempt", "b")
+    assert await store.hold("last-attempt", "alone", for_s=30)
+    await store.release("last-attempt", "alone")
+    assert await store.hold("last-attempt", "late", for_s=30, shared=True)
+
+
+async def test_a_sharer_becomes_the_only_holder_and_a_silent_one_is_out(store: JobStore) -> None:
+    assert await store.hold("last-attempt", "silent", for_s=0.1, shared=True)
+    assert await store.hold("last-attempt", "a", for_s=30, shared=True)
+    assert not await store.hold("last-attempt", "a", for_s=30)
+    await asyncio.sleep(0.2)
+    assert await store.hold("last-attempt", "a", for_s=30)
+    assert not await store.hold("last-attempt", "silent", for_s=30, shared=True)
