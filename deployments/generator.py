@@ -91,7 +91,7 @@ def _open_engine(settings: Settings, model: ModelSettings) -> "Opened":
         checkpoints=CheckpointStore(settings.resolved_checkpoint_url),
         checkpoint_every_s=settings.checkpoint_every_s,
         text_encoder_place=model.text_encoder_place,
-        vae_dtype=getattr(torch, model.vae_dtype),
+        vae_dtype=None if model.vae_dtype == "auto" else getattr(torch, model.vae_dtype),
         warm_up=preset_clips() if device == "cuda" and model.warm_up else (),
     )
     return engine, device, source

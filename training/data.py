@@ -45,6 +45,10 @@ class Scenes:
     dropped_ids: torch.Tensor
     """int64 [clips, PROMPT_TOKENS]: what stands in for a caption that guidance drops."""
 
+    def pin_memory(self) -> "Scenes":
+        """As `Drawing.pin_memory`; the DataLoader calls it."""
+        return Scenes(self.drawing.pin_memory(), self.ids.pin_memory(), self.dropped_ids.pin_memory())
+
 
 def draw_batch(rng: random.Random, shape: Shape, size: int, split: str, tokenizer: Any) -> Scenes:
     """`size` scenes of `split` at random. Without a tokenizer there are no captions."""
@@ -90,6 +94,7 @@ def stream(shape: Shape, size: int, *, tokenizer: Any, seed: str, workers: int) 
         _Stream(shape, size, tokenizer, f"{seed} {shape}"),
         batch_size=None,
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=2 if workers else None,
+        pin_memory=torch.cuda.is_available(),
     )
     return iter(loader)

@@ -14,6 +14,10 @@ from training.render import render
 from training.run import autocast
 
 
+REFRESH_EVERY = 8
+"""Draws between two refreshments: many clips encoded at once cost little more than few."""
+
+
 @dataclass
 class Sample:
     """What a step trains on: normalised latents [batch, channels, frames, height, width] and token ids [batch, tokens]."""
@@ -25,7 +29,7 @@ class Sample:
 
 
 class Pool:
-    """Clips of one shape as latents, with their captions. Every draw replaces some with new ones.
+    """Clips of one shape as latents, with their captions. Some are replaced with new ones all the time.
 
     `batch` clips are drawn at a time, each about `reuse` times before it is replaced, with another wording, noise and
     timestep. `size` clips are kept, so that those of one batch are not those of the last.
@@ -51,7 +55,7 @@ class Pool:
         self._mean = torch.tensor(config.latents_mean, device=device).view(1, -1, 1, 1, 1)
         self._std = torch.tensor(config.latents_std, device=device).view(1, -1, 1, 1, 1)
         self._size = batch * batches_kept
-        self._fresh = max(1, batch // reuse)
+        self._fresh = max(1, round(batch * REFRESH_EVERY / reuse))
         # What is drawn and encoded at once: pixels take far more memory than latents.
         self._piece = max(1, piece_pixels // (shape.width * shape.height * shape.frames))
         size = (self._size, Z_DIM, shape.latent_frames, shape.height // SPATIAL, shape.width // SPATIAL)
@@ -62,11 +66,13 @@ class Pool:
         self._ids = torch.zeros(self._size, CAPTIONS, PROMPT_TOKENS, dtype=torch.int64, device=device)
         self._dropped_ids = torch.zeros(self._size, PROMPT_TOKENS, dtype=torch.int64, device=device)
         self._scenes: Iterator[Scenes] = stream(shape, self._fresh, tokenizer=tokenizer, seed=seed, workers=workers)
-        self._filled = self._next = 0
+        self._filled = self._next = self._draws = 0
 
     def draw(self, dropout: float) -> Sample:
         """A batch; a share `dropout` of it with the caption dropped for guidance."""
-        self._refresh()
+        if self._draws % REFRESH_EVERY == 0:
+            self._refresh()
+        self._draws += 1
         while self._filled < min(2 * self.batch, self._size):
             self._refresh()
         device = self._latents.device

@@ -41,6 +41,12 @@ class Drawing:
         tensors = (tensor.to(device, non_blocking=True) for tensor in (self.shapes, self.paths, self.looks))
         return Drawing(self.width, self.height, self.frames, *tensors)
 
+    def pin_memory(self) -> "Drawing":
+        """The same in memory that a GPU copies from while the host goes on."""
+        return Drawing(
+            self.width, self.height, self.frames, *(t.pin_memory() for t in (self.shapes, self.paths, self.looks))
+        )
+
     def __getitem__(self, rows: slice) -> "Drawing":
         return replace(self, shapes=self.shapes[rows], paths=self.paths[rows], looks=self.looks[rows])
 

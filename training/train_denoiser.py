@@ -48,6 +48,8 @@ class Settings:
     shift: float = 5.0
     """Noise levels are sigmoids of normal numbers, moved towards noise by this (as flow_shift moves the sampler's): with few
     tokens to a picture, what is drawn and where is decided early."""
+    init: Path | None = None
+    """The model that it began with; None: random weights."""
 
 
 MIX: tuple[tuple[Shape, float], ...] = (
@@ -99,12 +101,24 @@ def flow_loss(
     return (error * weight).flatten(1).sum(dim=1) / weight.flatten(1).sum(dim=1)
 
 
-def world_tokenizer(folder: Path) -> Any:
-    """The tokenizer of this world's captions. It is kept in `folder`: other releases of SentencePiece find other pieces."""
+def begin_with(model: Path, transformer: nn.Module, text_encoder: nn.Module) -> None:
+    """Give both the weights of a saved model of the same sizes."""
+    for part, name in ((transformer, "transformer"), (text_encoder, "text_encoder")):
+        saved = type(part).from_pretrained(model / name)  # type: ignore[attr-defined]
+        part.load_state_dict(saved.state_dict())
+
+
+def world_tokenizer(folder: Path, init: Path | None = None) -> Any:
+    """The tokenizer of this world's captions, or that of the model `init`. It is kept in `folder`: other releases of
+    SentencePiece find other pieces."""
     kept = folder / "tokenizer"
     if kept.is_dir():
         return T5TokenizerFast.from_pretrained(kept)
     folder.mkdir(parents=True, exist_ok=True)
+    if init is not None:
+        tokenizer = T5TokenizerFast.from_pretrained(init / "tokenizer")
+        tokenizer.save_pretrained(kept)
+        return tokenizer
     rng = random.Random(0)
     shapes = [(640, 480, 1), (640, 480, 17)]
     texts = [
@@ -121,9 +135,12 @@ def train(folder: Path, vae: AutoencoderKLWan, settings: Settings, workers: int)
     """Train until the budget is spent; returns the parts of the model, with averaged weights."""
     device = pick_device()
     seed_everything(settings.seed)
-    tokenizer = world_tokenizer(folder)
-    transformer = build_transformer().to(device)
-    text_encoder = build_text_encoder(len(tokenizer)).to(device)
+    tokenizer = world_tokenizer(folder, settings.init)
+    transformer, text_encoder = build_transformer(), build_text_encoder(len(tokenizer))
+    if settings.init is not None:
+        begin_with(settings.init, transformer, text_encoder)
+    transformer.to(device)
+    text_encoder.to(device)
     parallel = ParallelVae(vae.to(device).eval().requires_grad_(False))
     trainer = Trainer(
         folder,
@@ -177,10 +194,12 @@ def main(
     workers: Annotated[int, typer.Option(help="Processes that prepare scenes, for each of the shapes.")] = 2,
     reuse: Annotated[int, typer.Option(help="How often a clip's latents are used.")] = 20,
     seed: int = 1,
+    init: Annotated[Path | None, typer.Option(help="A model's folder to go on from, optimizers afresh.")] = None,
 ) -> None:
     """Train the denoiser on the VAE's latents and save the whole model in OUT/model."""
     trained_vae = AutoencoderKLWan.from_pretrained(vae)
-    parts = train(out, trained_vae, Settings(minutes, tokens, scale, seed, reuse), workers)
+    settings = Settings(minutes, tokens, scale, seed, reuse, init=init)
+    parts = train(out, trained_vae, settings, workers)
     steps = parts.pop("steps")
     # A fresh VAE: training changed how this one computes.
     save_pipeline(out / "model", vae=AutoencoderKLWan.from_pretrained(vae), **parts)

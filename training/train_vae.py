@@ -12,6 +12,8 @@ from typing import Annotated
 
 import torch
 import typer
+from diffusers import AutoencoderKLWan
+from torch import nn
 
 from training.data import Shape, draw_batch, stream
 from training.model import build_vae
@@ -36,20 +38,32 @@ class Settings:
     seed: int
     peak_rate: float = 1e-3
     kl_weight: float = 5e-4
+    init: Path | None = None
+    """The VAE that it began with; None: random weights."""
+    decoder_only: bool = False
+    """The encoder stays as it is, and with it the latents: a denoiser that was trained on them fits the VAE still."""
 
 
 def train(folder: Path, settings: Settings, workers: int) -> ParallelVae:
     """Train until the budget is spent; returns the VAE with averaged weights."""
     device = pick_device()
     seed_everything(settings.seed)
-    vae = build_vae().to(device)
+    vae = build_vae()
+    if settings.init is not None:
+        vae.load_state_dict(AutoencoderKLWan.from_pretrained(settings.init).state_dict())
+    vae.to(device)
     if device.type == "cuda":
         channels_last(vae)
     parallel = ParallelVae(vae)
+    modules: dict[str, nn.Module] = {"vae": vae}
+    if settings.decoder_only:
+        modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     trainer = Trainer(
         folder,
         asdict(settings),
-        {"vae": vae},
+        modules,
         minutes=settings.minutes,
         peak_rate=settings.peak_rate,
         device=device,
@@ -141,12 +155,21 @@ def main(
     workers: int = 4,
     seed: int = 1,
     check_clips: Annotated[int, typer.Option(help="Held-out clips to measure on.")] = 48,
+    init: Annotated[Path | None, typer.Option(help="A VAE's folder to go on from, optimizers afresh.")] = None,
+    decoder_only: Annotated[bool, typer.Option("--decoder-only", help="Leave the latents as they are.")] = False,
 ) -> None:
     """Train the VAE, measure its latents and its PSNR, and save it with them in OUT/vae."""
-    parallel = train(out, Settings(minutes, batch, piece, scale, seed), workers)
+    if decoder_only and init is None:
+        raise typer.BadParameter("--decoder-only needs --init: there are no latents to keep")
+    settings = Settings(minutes, batch, piece, scale, seed, init=init, decoder_only=decoder_only)
+    parallel = train(out, settings, workers)
     width, height = _scaled(640, scale), _scaled(480, scale)
     shapes = [Shape(width, height, frames) for frames in (1, 17, 81)]
-    mean, std = measure_latents(parallel, shapes[:2], check_clips, seed)
+    if decoder_only:
+        config = AutoencoderKLWan.from_pretrained(init).config
+        mean, std = config.latents_mean, config.latents_std
+    else:
+        mean, std = measure_latents(parallel, shapes[:2], check_clips, seed)
     vae = build_vae(mean, std)
     vae.load_state_dict(parallel.vae.state_dict())
     vae.save_pretrained(out / "vae")

@@ -1,7 +1,7 @@
 """Latents to pixels, one latent frame at a time. The VAE is causal in time: all it needs of the past is a cache.
 
 Two arithmetics: `exact_bits` is AutoencoderKLWan's own, operation by operation; without it the same mathematics in fewer
-passes over memory, in the layout that the GPU's convolutions prefer. The VAE's dtype is its own: float32 unless asked otherwise.
+passes over memory, in the layout that the GPU's convolutions prefer. The VAE has a dtype of its own.
 """
 
 from collections.abc import Sequence

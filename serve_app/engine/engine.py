@@ -50,15 +50,15 @@ class Engine:
     """A model on a device, and the clips that share it.
 
     Loading happens here and blocks; it raises `ModelNotLoadable`, or `EngineError` where `device` does not exist.
-    `device` is `auto`, `cuda` or `cpu`; the model runs in bfloat16 on a GPU and in float32 on a CPU.
+    `device` is `auto`, `cuda` or `cpu`; the model runs in bfloat16 on a GPU and in float32 on a CPU, the VAE in `vae_dtype` if given.
 
     Clips with a `checkpoint_key` are saved to `checkpoints` after their last step, and often enough that an engine that dies
     loses about `checkpoint_every_s` of device time and a step, over all of them together; they are taken up again from there.
     Without a store, or with None, there are no checkpoints. Clips that somebody listens to give a preview every
     `preview_every_steps`. `memory_limit_bytes` is what clips may use of the device together (None: all that is free).
 
-    `exact_bits` gives WanPipeline's latents to the bit, slowly; by default only a CPU does. `text_encoder_place` and
-    `vae_dtype` trade memory, time and precision (text.py, decode.py). Shapes like those of `warm_up` are made fast before
+    `exact_bits` gives WanPipeline's latents to the bit, slowly; by default only a CPU does. `text_encoder_place` trades
+    memory for time (text.py). Shapes like those of `warm_up` are made fast before
     this returns; it takes seconds for each, and any other shape runs uncompiled.
     """
 
@@ -74,14 +74,14 @@ class Engine:
         memory_limit_bytes: int | None = None,
         exact_bits: bool | None = None,
         text_encoder_place: TextEncoderPlace = "offload",
-        vae_dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype | None = None,
         warm_up: Sequence[ClipRequest] = (),
     ) -> None:
         self.source = source
         device = pick_device(device)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.runner = ModelRunner(
-            load_pipeline(source, device, dtype, vae_dtype=vae_dtype),
+            load_pipeline(source, device, dtype, vae_dtype=vae_dtype or dtype),
             device,
             exact_bits=device == "cpu" if exact_bits is None else exact_bits,
             text_encoder_place=text_encoder_place,

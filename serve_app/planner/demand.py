@@ -161,8 +161,11 @@ def _job_of_row(where: str, line: int, row: dict[str, Any], costs: Costs) -> Sim
     if gpu_s is not None and gpu_s <= 0:
         raise InvalidValue(f"{where}: estimated_gpu_s is {gpu_s:g}; it must be more than 0")
     overrides = {name: _number(where, name, row, kind) for name, kind in OVERRIDES.items() if row.get(name)}
+    job_type = row["job_type"].strip()
+    if job_type not in list(JobType):
+        raise InvalidValue(f"{where}: job_type is {job_type!r}; it must be one of {', '.join(JobType)}")
     try:
-        return costs.job(f"{line:07}", arrived_at, row["job_type"].strip(), gpu_s, **overrides)
+        return costs.job(f"{line:07}", arrived_at, job_type, gpu_s, **overrides)
     except WanServeError as error:
         raise InvalidValue(f"{where}: {error.message}", hint=error.hint) from None
 

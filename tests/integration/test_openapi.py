@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, assume, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from serve_app.api.app import create_app
@@ -65,5 +65,7 @@ schema = schemathesis.openapi.from_dict(
 @schema.parametrize()
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 def test_the_service_answers_as_its_page_says(case: schemathesis.Case, service: Service) -> None:
+    # An empty list or object of a query goes over the wire as nothing at all, which is no bad request.
+    assume(all(value not in (None, [], {}) for value in (case.query or {}).values()))
     # Left out: some values that are fine alone are refused together (an image of 41 frames), which a schema cannot say.
     case.call_and_validate(service.url, headers=KEY, timeout=10, excluded_checks=[positive_data_acceptance])
