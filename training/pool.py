@@ -13,7 +13,6 @@ from training.parallel_vae import ParallelVae
 from training.render import render
 from training.run import autocast
 
-
 REFRESH_EVERY = 8
 """Draws between two refreshments: many clips encoded at once cost little more than few."""
 
