@@ -107,7 +107,7 @@ class Reader:
 
 
 def _travelled(masks: list[torch.Tensor], unit: float) -> str | None:
-    """A direction or `bounce`, if that is what the centre does. A thing of the world moves 2.8 units a frame at least."""
+    """A direction or `bounce`, if that is what the centre does. At least a third of the world's least speed is asked."""
     x, y = (np.array(values) / unit for values in zip(*map(_centre, masks), strict=True))
     dx, dy, last = x[-1] - x[0], y[-1] - y[0], len(masks) - 1
     # What a bounce goes up and comes down again, over and above what it gains.
