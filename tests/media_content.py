@@ -16,9 +16,9 @@ def moving_frames(frames: int = 41, width: int = 640, height: int = 480) -> np.n
     return (127.5 + 127 * np.stack([np.stack(wave, axis=-1) for wave in waves])).astype(np.uint8)
 
 
-def decode_rgb(path: Path) -> np.ndarray:
+def decode_rgb(video: Path | io.BytesIO) -> np.ndarray:
     """The video's frames as a player shows them: bt709, limited range."""
-    with av.open(str(path)) as container:
+    with av.open(str(video) if isinstance(video, Path) else video) as container:
         return np.stack(
             [
                 frame.reformat(

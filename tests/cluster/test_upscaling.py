@@ -1,5 +1,6 @@
 """Upscaling in a running service: files of the larger size, and real kills (SIGKILL) and a cancel in the midst of it."""
 
+import io
 import tempfile
 import time
 from collections.abc import Iterator
@@ -51,9 +52,9 @@ def succeeded(client: Client, job_id: str) -> JobView:
     return job
 
 
-def files(client: Client, job: JobView) -> dict[str, Path]:
-    folder = Path(tempfile.mkdtemp())
-    return {path.name: path for path in client.fetch(job.id, folder)}
+def files(client: Client, job: JobView) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        return {path.name: path.read_bytes() for path in client.fetch(job.id, Path(folder))}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def quiet(service: RunningService) -> str:
     """What the upscaled video shows when nothing is killed."""
     with Client(service.url) as client:
         job = succeeded(client, client.submit(upscale=2, **VIDEO).id)
-        return shown_sha256(files(client, job)["video.mp4"].read_bytes())
+        return shown_sha256(files(client, job)["video.mp4"])
 
 
 def test_files_are_larger_and_show_the_same(client: Client) -> None:
@@ -101,7 +102,7 @@ def test_a_killed_upscaler_loses_nothing(client: Client, service: RunningService
     service.replica("Upscaler").kill()
     job = succeeded(client, job_id)
     assert job.failures == [], "the blocks went again, unseen by the job"
-    assert shown_sha256(files(client, job)["video.mp4"].read_bytes()) == quiet
+    assert shown_sha256(files(client, job)["video.mp4"]) == quiet
 
 
 def test_a_killed_finisher_loses_no_frames_and_leaves_no_ffmpeg(
@@ -120,7 +121,7 @@ def test_a_killed_finisher_loses_no_frames_and_leaves_no_ffmpeg(
     assert {(failure.stage, failure.code) for failure in job.failures} == {("finishing", "replica_lost")}
     stages = [event.data["stage"] for event in client.events(job_id) if event.name == "stage"]
     assert stages.count("generating") == 1
-    assert shown_sha256(files(client, job)["video.mp4"].read_bytes()) == quiet
+    assert shown_sha256(files(client, job)["video.mp4"]) == quiet
 
 
 def test_a_killed_conductors_finisher_begins_again_and_does_not_go_on_twice(
@@ -132,7 +133,7 @@ def test_a_killed_conductors_finisher_begins_again_and_does_not_go_on_twice(
     service.replica("Conductor").kill()
     job = succeeded(client, job_id)
     assert [event.name for event in client.events(job_id)].count("running") == 2
-    assert shown_sha256(files(client, job)["video.mp4"].read_bytes()) == quiet
+    assert shown_sha256(files(client, job)["video.mp4"]) == quiet
     give_up_at = time.monotonic() + 30
     while encoding_for(finisher.pid):
         assert time.monotonic() < give_up_at, "the work for the dead conductor runs on"
@@ -150,9 +151,9 @@ def test_a_cancel_ends_upscaling(client: Client, service: RunningService) -> Non
     assert client.get(job_id).artifacts == []
 
 
-def brightness(video: Path) -> np.ndarray:
+def brightness(video: bytes) -> np.ndarray:
     """Its frames without colours, which 4:2:0 holds at half the size: the test model's noise loses them."""
-    return (decode_rgb(video) @ np.array([0.2126, 0.7152, 0.0722])).astype(np.uint8)
+    return (decode_rgb(io.BytesIO(video)) @ np.array([0.2126, 0.7152, 0.0722])).astype(np.uint8)
 
 
 def encoding_for(pid: int) -> list[psutil.Process]:

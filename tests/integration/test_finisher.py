@@ -83,7 +83,14 @@ def impatient(monkeypatch) -> None:
 
 
 async def test_frames_come_in_order_and_few_are_on_the_way(tmp_path):
-    upscaler, frames, wanted = FakeUpscaler(at_random), moving_frames(41, 96, 64), job()
+    all_that_may_be = asyncio.Barrier(BLOCKS_IN_FLIGHT)
+
+    async def wait_for_company(call: int) -> None:
+        if call <= BLOCKS_IN_FLIGHT:
+            await all_that_may_be.wait()
+        await at_random(call)
+
+    upscaler, frames, wanted = FakeUpscaler(wait_for_company), moving_frames(41, 96, 64), job()
     updates = [one async for one in finisher(tmp_path, upscaler).finish(wanted, given(frames), RECEIPT)]
     assert upscaler.most == BLOCKS_IN_FLIGHT
     folder = tmp_path / "artifacts" / wanted.id / "1"
