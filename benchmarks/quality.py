@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from skimage.metrics import structural_similarity
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from benchmarks.stitch import machine
 from serve_app.engine.clip import ClipDone, ClipEvent, ClipFailed, ClipRequest
@@ -85,8 +85,7 @@ class Distance:
 
 def psnr_db(frames: np.ndarray, exact: np.ndarray) -> float:
     """Peak signal-to-noise ratio over all frames of a file, of uint8 values."""
-    mse = float(np.mean((frames.astype(np.float32) - exact) ** 2))
-    return 10 * math.log10(255**2 / mse) if mse else math.inf
+    return math.inf if np.array_equal(frames, exact) else float(peak_signal_noise_ratio(exact, frames))
 
 
 def ssim(frames: np.ndarray, exact: np.ndarray) -> float:

@@ -78,7 +78,7 @@ class ModelSettings(BaseModel):
     vae_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="Precision of decoding. auto: bfloat16 on a GPU, which is over twice as fast there and over 50 dB from "
-        "float32 on the bundled model (benchmarks/quality.py); float32 on a CPU, where it is faster.",
+        "float32 on the bundled model (benchmarks/quality.py); float32 on a CPU.",
     )
 
     gpu_price_per_hour: float | None = Field(

@@ -58,8 +58,8 @@ class Engine:
     `preview_every_steps`. `memory_limit_bytes` is what clips may use of the device together (None: all that is free).
 
     `exact_bits` gives WanPipeline's latents to the bit, slowly; by default only a CPU does. `text_encoder_place` trades
-    memory for time (text.py). Shapes like those of `warm_up` are made fast before
-    this returns; it takes seconds for each, and any other shape runs uncompiled.
+    memory for time (text.py). Shapes like those of `warm_up` are made fast before this returns; it takes seconds for each,
+    and any other shape runs uncompiled.
     """
 
     def __init__(
