@@ -175,11 +175,12 @@ def _fragment(scene: Scene, rng: random.Random) -> str:
 
 
 def dropped(scene: Scene, rng: random.Random) -> str:
-    """What stands in a caption's place where guidance is to learn the world at large: nothing, or a usual negative prompt.
+    """What stands in a caption's place where guidance is to learn the world at large: a usual negative prompt, or nothing.
 
-    Blurred scenes get the latter more often, so that it means a little of what it says.
+    Mostly the former, since that is what the service guides away from. Blurred scenes get it more often, so that it means a little of
+    what it says.
     """
-    return USUAL_NEGATIVE if rng.random() < (0.7 if scene.style == "blurry" else 0.3) else ""
+    return USUAL_NEGATIVE if rng.random() < (0.9 if scene.style == "blurry" else 0.6) else ""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ class FoldedPadding:
         """[prompts, tokens, text_dim], zeros for padding; `fold`s."""
         self.fold(ids)
         mask = ids != 0
-        hidden: torch.Tensor = text_encoder(ids, attention_mask=mask.long()).last_hidden_state
+        # As transformers would make it, but without looking from the host whether any padding is there.
+        logits = torch.where(mask, 0.0, torch.finfo(torch.float32).min)[:, None, None].expand(-1, 1, ids.shape[1], -1)
+        hidden: torch.Tensor = text_encoder(ids, attention_mask=logits).last_hidden_state
         return hidden * mask[..., None]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from training.data import CAPTIONS, Scenes, Shape, stream
+from training.facts import FACTS, facts
 from training.model import PROMPT_TOKENS, SPATIAL, TEMPORAL, Z_DIM
 from training.parallel_vae import ParallelVae
 from training.render import render
@@ -25,6 +26,13 @@ class Sample:
     ids: torch.Tensor
     things: torch.Tensor
     """Whether a latent pixel shows part of a thing: float [batch, 1, frames, height, width], 0 or 1."""
+    facts: torch.Tensor
+    """As `facts` has them."""
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All of it, in this order."""
+        return self.latents, self.ids, self.things, self.facts
 
 
 class Pool:
@@ -62,6 +70,7 @@ class Pool:
             size, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
         )
         self._things = torch.zeros(size[0], 1, *size[2:], device=device)
+        self._facts = self._latents.new_zeros(size[0], FACTS, *size[2:])
         self._ids = torch.zeros(self._size, CAPTIONS, PROMPT_TOKENS, dtype=torch.int64, device=device)
         self._dropped_ids = torch.zeros(self._size, PROMPT_TOKENS, dtype=torch.int64, device=device)
         self._scenes: Iterator[Scenes] = stream(shape, self._fresh, tokenizer=tokenizer, seed=seed, workers=workers)
@@ -79,7 +88,10 @@ class Pool:
         ids = self._ids[rows, torch.randint(CAPTIONS, (self.batch,), device=device)]
         drop = torch.rand(self.batch, device=device) < dropout
         return Sample(
-            self._latents[rows].float(), torch.where(drop[:, None], self._dropped_ids[rows], ids), self._things[rows]
+            self._latents[rows].float(),
+            torch.where(drop[:, None], self._dropped_ids[rows], ids),
+            self._things[rows],
+            self._facts[rows].float(),
         )
 
     @torch.no_grad()
@@ -95,6 +107,7 @@ class Pool:
             own = rows[start : start + self._piece]
             self._latents[own] = ((mean - self._mean) / self._std).to(self._latents.dtype)
             self._things[own] = _things(pixels)
+            self._facts[own] = facts(drawing[start : start + self._piece]).to(self._facts.dtype)
         self._ids[rows] = scenes.ids.to(device, non_blocking=True)
         self._dropped_ids[rows] = scenes.dropped_ids.to(device, non_blocking=True)
         self._next = (self._next + self._fresh) % self._size

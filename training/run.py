@@ -16,6 +16,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from training.muon import Muon
+
 console = Console()
 
 
@@ -126,13 +128,17 @@ class Trainer:
             {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.01},
             {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
         ]
+        on_gpu = device.type == "cuda"
+        # On the device, so that a recorded step (graphs.py) reads the rate of the day.
+        self._rate = torch.tensor(0.0, device=device)
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.99), fused=device.type == "cuda")
+            torch.optim.AdamW(groups, lr=self._rate, betas=(0.9, 0.99), fused=on_gpu, capturable=on_gpu)
         ]
         if inner:
-            self.optimizers.append(
-                torch.optim.Muon(inner, lr=peak_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-            )
+            self.optimizers.append(Muon(inner, lr=self._rate))
+        # Gradients keep their place for the same reason.
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
         self.average = Average(self.parameters, decay)
         self.step = 0
         self.budget = Budget(minutes)
@@ -152,21 +158,30 @@ class Trainer:
         """Whether the budget is spent."""
         return self.budget.share >= 1.0
 
-    def apply(self, loss: torch.Tensor, metrics: dict[str, torch.Tensor], every_s: float = 5.0) -> None:
-        """One step of the optimizer down `loss`'s gradient. A gradient that is not finite is skipped on the device."""
+    def descend(self, loss: torch.Tensor) -> torch.Tensor:
+        """One step of the optimizers down `loss`'s gradient, whose norm it returns. What is not finite in it counts as 0.
+
+        Nothing of it waits for the device.
+        """
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        torch._foreach_zero_(gradients)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+        for gradient in gradients:
+            gradient.nan_to_num_(0.0, 0.0, 0.0)
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self._peak, self.step, self.budget.share, self._warmup)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def set_rate(self) -> None:
+        """Set the learning rate of the next step."""
+        self._rate.fill_(learning_rate(self._peak, self.step, self.budget.share, self._warmup))
+
+    def count(self, metrics: dict[str, torch.Tensor], every_s: float = 5.0) -> None:
+        """Take note of a step that was done: average, log, save."""
         self.average.update(self.step)
         self.step += 1
-        for name, value in (metrics | {"gradient": norm}).items():
+        for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, torch.zeros((), device=self.device)) + value.detach().float()
             self._counts[name] = self._counts.get(name, 0) + 1
         self._since += 1
@@ -212,6 +227,8 @@ class Trainer:
         self.average.values = state["average"]
         for optimizer, saved in zip(self.optimizers, state.get("optimizers", ()), strict=False):
             optimizer.load_state_dict(saved)
+            for group in optimizer.param_groups:
+                group["lr"] = self._rate
         self.step = state["step"]
         self.budget.spent_s = state["spent_s"]
         console.print(f"going on after step {self.step}, {self.budget.spent_s:.0f} s spent")

@@ -14,20 +14,21 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import nn
-from torch.nn import functional
 from transformers import T5TokenizerFast
 
 from training.captions import USUAL_NEGATIVE, caption
 from training.data import Shape
+from training.facts import Tap, build_head
 from training.folded_padding import FoldedPadding
+from training.graphs import Graphs
 from training.model import SPATIAL, build_text_encoder, build_transformer, save_pipeline, train_tokenizer
 from training.parallel_vae import ParallelVae
-from training.pool import Pool, Sample
-from training.render import make_atlas
+from training.pool import Pool
+from training.render import drawing_of, make_atlas, render
 from training.run import Trainer, autocast, channels_last, console, cycle, pick_device, report, seed_everything
-from training.world import draw_scene
+from training.world import draw_scene, place
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,25 @@ class Settings:
     shift: float = 5.0
     """Noise levels are sigmoids of normal numbers, moved towards noise by this (as flow_shift moves the sampler's): with few
     tokens to a picture, what is drawn and where is decided early."""
+    facts_weight: float = 0.5
+    """Of the error of what is read from the middle (`facts.py`)."""
     init: Path | None = None
     """The model that it began with; None: random weights."""
 
 
 MIX: tuple[tuple[Shape, float], ...] = (
-    (Shape(640, 480, 1), 0.30),
-    (Shape(832, 480, 1), 0.09),
-    (Shape(480, 640, 1), 0.08),
-    (Shape(640, 480, 17), 0.29),
-    (Shape(832, 480, 17), 0.06),
-    (Shape(480, 640, 17), 0.06),
-    (Shape(640, 480, 41), 0.07),
-    (Shape(640, 480, 81), 0.05),
+    (Shape(640, 480, 1), 0.20),
+    (Shape(832, 480, 1), 0.06),
+    (Shape(480, 640, 1), 0.05),
+    (Shape(640, 480, 17), 0.34),
+    (Shape(832, 480, 17), 0.07),
+    (Shape(480, 640, 17), 0.07),
+    (Shape(640, 480, 41), 0.12),
+    (Shape(640, 480, 81), 0.09),
 )
 """Shapes of clips and their share of the steps. Frames of other numbers follow: positions in time are shared."""
+TAPPED = 3
+"""Blocks before the place where `facts` are read."""
 
 
 def mix_of(scale: float) -> tuple[tuple[Shape, float], ...]:
@@ -81,24 +86,61 @@ def noise_levels(count: int, shift: float, device: torch.device) -> torch.Tensor
     return (shift * sigma / (1 + (shift - 1) * sigma)).clamp(1e-3, 1.0)
 
 
-def flow_loss(
-    transformer: nn.Module, text_encoder: nn.Module, folded: FoldedPadding, sample: Sample, settings: Settings
-) -> torch.Tensor:
-    """Squared error of each clip's predicted velocity, things weighing more, [batch]."""
-    clean = sample.latents
-    sigma = noise_levels(len(clean), settings.shift, clean.device)
-    level = sigma.view(-1, 1, 1, 1, 1)
-    noise = torch.randn_like(clean)
-    with autocast(clean.device):
-        prediction = transformer(
-            hidden_states=torch.lerp(clean, noise, level),
-            timestep=1000 * sigma,
-            encoder_hidden_states=folded.embed(text_encoder, sample.ids),
-            return_dict=False,
-        )[0]
-    error = functional.mse_loss(prediction.float(), noise - clean, reduction="none").mean(dim=1, keepdim=True)
-    weight = 1 + settings.thing_weight * sample.things
-    return (error * weight).flatten(1).sum(dim=1) / weight.flatten(1).sum(dim=1)
+@torch.no_grad()
+def channel_weights(vae: ParallelVae, atlas: torch.Tensor, shape: Shape, clips: int = 16) -> torch.Tensor:
+    """How much a channel's error counts, [1, channels, 1, 1, 1], 1 on average.
+
+    The VAE puts noise on its latents and decodes them all the same, so an error weighs by how it compares with that noise: some
+    channels are hardly more than noise. Not by it alone (0.1), or a few channels would be all.
+    """
+    rng, config, device = random.Random("channels"), vae.vae.config, atlas.device
+    scenes = [draw_scene(rng, width=shape.width, height=shape.height, frames=shape.frames) for _ in range(clips)]
+    with autocast(device):
+        pixels = render(drawing_of([place(scene, rng) for scene in scenes]).to(device), atlas)
+        _, log_variance = vae.moments(pixels)
+    variance = log_variance.exp().mean(dim=(0, 2, 3, 4)) / torch.tensor(config.latents_std, device=device).square()
+    weights = 1 / (variance + 0.1)
+    return (weights / weights.mean()).view(1, -1, 1, 1, 1)
+
+
+class Objective:
+    """The loss of a step: how far the predicted velocity is off, and how far what is read from the transformer's middle."""
+
+    def __init__(
+        self, transformer: WanTransformer3DModel, text_encoder: nn.Module, channels: torch.Tensor, settings: Settings
+    ) -> None:
+        self.head = build_head(transformer.config.num_attention_heads * transformer.config.attention_head_dim)
+        self._transformer, self._text_encoder, self._channels = transformer, text_encoder, channels
+        self._settings, self._folded, self._tap = settings, FoldedPadding(transformer), Tap()
+        transformer.blocks.insert(TAPPED, self._tap)
+
+    def remove(self) -> None:
+        """Leave the transformer without what was put into it."""
+        del self._transformer.blocks[TAPPED]
+
+    def __call__(
+        self, clean: torch.Tensor, ids: torch.Tensor, things: torch.Tensor, facts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean squared errors of a batch (`Sample.tensors`), things weighing more: of velocities and of facts."""
+        sigma = noise_levels(len(clean), self._settings.shift, clean.device)
+        level = sigma.view(-1, 1, 1, 1, 1)
+        noise = torch.randn_like(clean)
+        with autocast(clean.device):
+            prediction = self._transformer(
+                hidden_states=torch.lerp(clean, noise, level),
+                timestep=1000 * sigma,
+                encoder_hidden_states=self._folded.embed(self._text_encoder, ids),
+                return_dict=False,
+            )[0]
+            read = self.head(self._tap.take())
+        weight = 1 + self._settings.thing_weight * things
+        weight = weight / weight.flatten(1).sum(dim=1).view(-1, 1, 1, 1, 1)
+        error = (prediction.float() - (noise - clean)).square() * self._channels
+        wrong = (read.float().mT.unflatten(2, facts.shape[2:]) - facts).square()
+        of_velocity, of_facts = (
+            (squared.mean(dim=1, keepdim=True) * weight).sum() / len(clean) for squared in (error, wrong)
+        )
+        return of_velocity, of_facts
 
 
 def begin_with(model: Path, transformer: nn.Module, text_encoder: nn.Module) -> None:
@@ -142,22 +184,30 @@ def train(folder: Path, vae: AutoencoderKLWan, settings: Settings, workers: int)
     transformer.to(device)
     text_encoder.to(device)
     parallel = ParallelVae(vae.to(device).eval().requires_grad_(False))
+    mix, atlas = mix_of(settings.scale), make_atlas(device)
+    clips = next(shape for shape, _ in mix if shape.frames > 1)
+    objective = Objective(transformer, text_encoder, channel_weights(parallel, atlas, clips), settings)
     trainer = Trainer(
         folder,
         asdict(settings),
-        {"transformer": transformer, "text_encoder": text_encoder},
+        {"transformer": transformer, "text_encoder": text_encoder, "head": objective.head.to(device)},
         minutes=settings.minutes,
         peak_rate=settings.peak_rate,
         device=device,
         warmup_steps=300,
         muon=True,
     )
-    folded = FoldedPadding(transformer)
     if device.type == "cuda":
         channels_last(vae)
         torch._dynamo.config.cache_size_limit = 64
         transformer.compile_repeated_blocks(dynamic=False)
-    mix, atlas = mix_of(settings.scale), make_atlas(device)
+
+    def step(*sample: torch.Tensor) -> dict[str, torch.Tensor]:
+        velocity, facts = objective(*sample)
+        norm = trainer.descend(velocity + settings.facts_weight * facts)
+        return {"velocity": velocity.detach(), "facts": facts.detach(), "gradient": norm}
+
+    steps = Graphs(step, device)
     pools: OrderedDict[Shape, Pool] = OrderedDict()
     shares = [share for _, share in mix]
     for number in cycle(lambda rng: rng.choices(range(len(mix)), shares)[0], settings.seed, trainer.step):
@@ -177,10 +227,11 @@ def train(folder: Path, vae: AutoencoderKLWan, settings: Settings, workers: int)
                 reuse=settings.reuse,
             )
         sample = pools[shape].draw(settings.dropout)
-        loss = flow_loss(transformer, text_encoder, folded, sample, settings).mean()
-        kind = "picture" if shape.frames == 1 else "clip"
-        trainer.apply(loss, {"loss": loss, f"{kind}s": loss})
+        trainer.set_rate()
+        kind = "pictures" if shape.frames == 1 else "clips"
+        trainer.count({f"{name}, {kind}": value for name, value in steps(shape, sample.tensors).items()})
     trainer.save()
+    objective.remove()
     trainer.average.swap()
     return {"tokenizer": tokenizer, "transformer": transformer, "text_encoder": text_encoder, "steps": trainer.step}
 
@@ -189,10 +240,10 @@ def main(
     out: Path,
     vae: Annotated[Path, typer.Option(help="What train_vae saved.")],
     minutes: float = 15.0,
-    tokens: Annotated[int, typer.Option(help="Latent pixels a step.")] = 76_800,
+    tokens: Annotated[int, typer.Option(help="Latent pixels a step.")] = 38_400,
     scale: Annotated[float, typer.Option(help="Of the pictures; below 1 for a trial on a small machine.")] = 1.0,
     workers: Annotated[int, typer.Option(help="Processes that prepare scenes, for each of the shapes.")] = 2,
-    reuse: Annotated[int, typer.Option(help="How often a clip's latents are used.")] = 20,
+    reuse: Annotated[int, typer.Option(help="How often a clip's latents are used.")] = 40,
     seed: int = 1,
     init: Annotated[Path | None, typer.Option(help="A model's folder to go on from, optimizers afresh.")] = None,
 ) -> None:

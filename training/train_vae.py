@@ -99,7 +99,9 @@ def train(folder: Path, settings: Settings, workers: int) -> ParallelVae:
         l1, squared = error.abs().mean(), error.square().mean()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         psnr = -10 * torch.log10(squared.detach() / 4)
-        trainer.apply(l1 + squared + settings.kl_weight * kl, {"l1": l1, "kl": kl, "psnr": psnr})
+        trainer.set_rate()
+        norm = trainer.descend(l1 + squared + settings.kl_weight * kl)
+        trainer.count({"l1": l1, "kl": kl, "psnr": psnr, "gradient": norm})
     trainer.save()
     trainer.average.swap()
     return parallel
