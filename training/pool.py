@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from training.data import CAPTIONS, Scenes, Shape, stream
 from training.facts import FACTS, facts
-from training.model import PROMPT_TOKENS, SPATIAL, TEMPORAL, Z_DIM
+from training.model import PROMPT_TOKENS, SPATIAL, Z_DIM
 from training.parallel_vae import ParallelVae
 from training.render import render
 from training.run import autocast
@@ -24,15 +23,13 @@ class Sample:
 
     latents: torch.Tensor
     ids: torch.Tensor
-    things: torch.Tensor
-    """Whether a latent pixel shows part of a thing: float [batch, 1, frames, height, width], 0 or 1."""
     facts: torch.Tensor
     """As `facts` has them."""
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All of it, in this order."""
-        return self.latents, self.ids, self.things, self.facts
+        return self.latents, self.ids, self.facts
 
 
 class Pool:
@@ -69,7 +66,6 @@ class Pool:
         self._latents = torch.zeros(
             size, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
         )
-        self._things = torch.zeros(size[0], 1, *size[2:], device=device)
         self._facts = self._latents.new_zeros(size[0], FACTS, *size[2:])
         self._ids = torch.zeros(self._size, CAPTIONS, PROMPT_TOKENS, dtype=torch.int64, device=device)
         self._dropped_ids = torch.zeros(self._size, PROMPT_TOKENS, dtype=torch.int64, device=device)
@@ -90,7 +86,6 @@ class Pool:
         return Sample(
             self._latents[rows].float(),
             torch.where(drop[:, None], self._dropped_ids[rows], ids),
-            self._things[rows],
             self._facts[rows].float(),
         )
 
@@ -106,17 +101,8 @@ class Pool:
                 mean, _ = self._vae.moments(pixels)
             own = rows[start : start + self._piece]
             self._latents[own] = ((mean - self._mean) / self._std).to(self._latents.dtype)
-            self._things[own] = _things(pixels)
             self._facts[own] = facts(drawing[start : start + self._piece]).to(self._facts.dtype)
         self._ids[rows] = scenes.ids.to(device, non_blocking=True)
         self._dropped_ids[rows] = scenes.dropped_ids.to(device, non_blocking=True)
         self._next = (self._next + self._fresh) % self._size
         self._filled = min(self._filled + self._fresh, self._size)
-
-
-def _things(pixels: torch.Tensor) -> torch.Tensor:
-    """Which latent pixels show part of a thing (things are saturated, backgrounds are not), from pixels of -1 to 1."""
-    saturated = (pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True) > 0.5).float()
-    # The first latent frame stands for the first frame alone.
-    saturated = torch.cat([saturated[:, :, :1].expand(-1, -1, TEMPORAL - 1, -1, -1), saturated], dim=2)
-    return functional.max_pool3d(saturated, (TEMPORAL, SPATIAL, SPATIAL))

@@ -44,8 +44,6 @@ class Settings:
     peak_rate: float = 1e-3
     dropout: float = 0.12
     """Share of captions dropped, for guidance."""
-    thing_weight: float = 8.0
-    """How much more a latent pixel counts that shows part of a thing: plain background is nine tenths and soon learned."""
     shift: float = 5.0
     """Noise levels are sigmoids of normal numbers, moved towards noise by this (as flow_shift moves the sampler's): with few
     tokens to a picture, what is drawn and where is decided early."""
@@ -119,9 +117,13 @@ class Objective:
         del self._transformer.blocks[TAPPED]
 
     def __call__(
-        self, clean: torch.Tensor, ids: torch.Tensor, things: torch.Tensor, facts: torch.Tensor
+        self, clean: torch.Tensor, ids: torch.Tensor, facts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean squared errors of a batch (`Sample.tensors`), things weighing more: of velocities and of facts."""
+        """Mean squared errors of a batch (`Sample.tensors`): of velocities and of facts.
+
+        All places count alike. To let those count more that show things would be to make things likelier than they are: where
+        it is still open which of two places has the one thing, both would get one.
+        """
         sigma = noise_levels(len(clean), self._settings.shift, clean.device)
         level = sigma.view(-1, 1, 1, 1, 1)
         noise = torch.randn_like(clean)
@@ -133,14 +135,8 @@ class Objective:
                 return_dict=False,
             )[0]
             read = self.head(self._tap.take())
-        weight = 1 + self._settings.thing_weight * things
-        weight = weight / weight.flatten(1).sum(dim=1).view(-1, 1, 1, 1, 1)
-        error = (prediction.float() - (noise - clean)).square() * self._channels
-        wrong = (read.float().mT.unflatten(2, facts.shape[2:]) - facts).square()
-        of_velocity, of_facts = (
-            (squared.mean(dim=1, keepdim=True) * weight).sum() / len(clean) for squared in (error, wrong)
-        )
-        return of_velocity, of_facts
+        of_velocity = ((prediction.float() - (noise - clean)).square() * self._channels).mean()
+        return of_velocity, (read.float().mT.unflatten(2, facts.shape[2:]) - facts).square().mean()
 
 
 def begin_with(model: Path, transformer: nn.Module, text_encoder: nn.Module) -> None:
@@ -252,7 +248,8 @@ def main(
     settings = Settings(minutes, tokens, scale, seed, reuse, init=init)
     parts = train(out, trained_vae, settings, workers)
     steps = parts.pop("steps")
-    # A fresh VAE: training changed how this one computes.
+    # Both afresh: training changed how this VAE computes, and the tokenizer keeps to what it padded last.
+    parts["tokenizer"] = world_tokenizer(out)
     save_pipeline(out / "model", vae=AutoencoderKLWan.from_pretrained(vae), **parts)
     size_mb = sum(path.stat().st_size for path in (out / "model").rglob("*") if path.is_file()) / 1e6
     report(out, {"steps": steps, "size_mb": round(size_mb, 2)})
