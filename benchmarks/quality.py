@@ -1,6 +1,6 @@
 """What a change of how the model runs does to its files: measured against the same files made exactly.
 
-    python -m benchmarks.quality                      # the bundled model on a CPU, 12 prompts: about ten minutes on two cores
+    python -m benchmarks.quality                      # the bundled model on a CPU, 12 prompts: five minutes on two cores
     python -m benchmarks.quality --variant vae-bfloat16 --prompts 60 --model ... --device cuda
 
 Makes a file for each of some prompts with the engine as it is by default, then again for each variant, with the same seeds, and

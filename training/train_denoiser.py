@@ -229,7 +229,7 @@ def train(folder: Path, vae: AutoencoderKLWan, settings: Settings, workers: int)
     trainer.save()
     objective.remove()
     trainer.average.swap()
-    return {"tokenizer": tokenizer, "transformer": transformer, "text_encoder": text_encoder, "steps": trainer.step}
+    return {"transformer": transformer, "text_encoder": text_encoder, "steps": trainer.step}
 
 
 def main(
@@ -249,8 +249,7 @@ def main(
     parts = train(out, trained_vae, settings, workers)
     steps = parts.pop("steps")
     # Both afresh: training changed how this VAE computes, and the tokenizer keeps to what it padded last.
-    parts["tokenizer"] = world_tokenizer(out)
-    save_pipeline(out / "model", vae=AutoencoderKLWan.from_pretrained(vae), **parts)
+    save_pipeline(out / "model", tokenizer=world_tokenizer(out), vae=AutoencoderKLWan.from_pretrained(vae), **parts)
     size_mb = sum(path.stat().st_size for path in (out / "model").rglob("*") if path.is_file()) / 1e6
     report(out, {"steps": steps, "size_mb": round(size_mb, 2)})
     console.print(f"saved {out / 'model'}")
