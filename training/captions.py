@@ -62,20 +62,33 @@ _STYLES = {
 _NUMBERS = {2: "two", 3: "three"}
 
 
+@dataclass(frozen=True)
+class Wording:
+    """A caption, and where in it each of the scene's things is spoken of: first and last character + 1. Nowhere in a fragment."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...] = ()
+
+
 def caption(scene: Scene, rng: random.Random, *, complete: bool = False) -> str:
     """A caption of `scene`. `complete`: names shape, colour, size, place, motion, count and background, whatever the dice say."""
+    return put_into_words(scene, rng, complete=complete).text
+
+
+def put_into_words(scene: Scene, rng: random.Random, *, complete: bool = False) -> Wording:
+    """As `caption`, with the things' places in it."""
     keep = 1.0 if complete else 0.9
     if not complete and rng.random() < 0.08:
-        return _fragment(scene, rng)
+        return Wording(_fragment(scene, rng))
     phrases = [_thing_phrase(thing, scene, rng, keep) for thing in scene.things]
     if scene.relation is not None and rng.random() < keep:
         between = {
             "left of": (" to the left of ", " left of ", " next to and left of "),
             "above": (" above ", " over "),
         }
-        subject = rng.choice(between[scene.relation]).join(phrases)
+        joint = rng.choice(between[scene.relation])
     else:
-        subject = rng.choice((" and ", " and ", " with ")).join(phrases)
+        joint = rng.choice((" and ", " and ", " with "))
     details = []
     if rng.random() < keep - 0.1 * (not complete):
         words = rng.choice(_BACKGROUNDS[scene.background])
@@ -92,9 +105,13 @@ def caption(scene: Scene, rng: random.Random, *, complete: bool = False) -> str:
         if scene.frames > 1
         else rng.choice(("a picture of ", "an image of "))
     )
-    text = kind + subject if rng.random() < 0.12 else subject
-    text += "".join(rng.choice((", ", " ")) + detail for detail in details)
-    return text + "." if rng.random() < 0.05 else text
+    opening = kind if rng.random() < 0.12 else ""
+    starts = [len(opening), len(opening) + len(phrases[0]) + len(joint)]
+    text = opening + joint.join(phrases) + "".join(rng.choice((", ", " ")) + detail for detail in details)
+    return Wording(
+        text + "." if rng.random() < 0.05 else text,
+        tuple((start, start + len(phrase)) for start, phrase in zip(starts, phrases, strict=False)),
+    )
 
 
 def _thing_phrase(thing: Thing, scene: Scene, rng: random.Random, keep: float) -> str:

@@ -5,8 +5,11 @@ back, and prints a table: as asked, and with the prompts shuffled among the file
 `--truth` the files are rendered, not generated: the reader's own test.
 """
 
+import functools
+import multiprocessing
 import random
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -119,6 +122,18 @@ def load(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
 
 
+@functools.cache
+def _reader() -> Reader:
+    torch.set_num_threads(1)
+    return Reader()
+
+
+def save_and_read(frames: np.ndarray, path: Path) -> Reading:
+    """What the file shows that `save` makes. Runs in processes of its own, for it takes longer than a GPU takes to make the frames."""
+    save(frames, path)
+    return _reader().read(load(path))
+
+
 def scores(prompts: list[HeldOut], readings: list[Reading]) -> dict[str, tuple[float, int]]:
     """Share that was right, and number judged, by what was judged; pictures and clips also apart."""
     marks: dict[str, list[bool]] = {}
@@ -197,19 +212,20 @@ def main(
     )
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{item.number:03d}.png" for item in prompts]
-    for path, clip in track(zip(paths, make(), strict=True), "making", total=len(paths), console=console):
-        save(clip, path)
-    files = [load(path) for path in paths]
-    chosen = list(zip(prompts, files, strict=True))[:: max(1, len(files) // 48)][:48]
-    contact_sheet([item for item, _ in chosen], [clip for _, clip in chosen], out / "contact_sheet.png")
-    reader = Reader()
-    readings = [reader.read(frames) for frames in track(files, "reading", console=console)]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as readers:
+        pending = [
+            readers.submit(save_and_read, clip, path)
+            for path, clip in track(zip(paths, make(), strict=True), "making", total=len(paths), console=console)
+        ]
+        readings = [reading.result() for reading in track(pending, "reading", console=console)]
+    chosen = list(zip(prompts, paths, strict=True))[:: max(1, len(paths) // 48)][:48]
+    contact_sheet([item for item, _ in chosen], [load(path) for _, path in chosen], out / "contact_sheet.png")
     right, chance = scores(prompts, readings), scores(shuffled(prompts), readings)
     table = Table("", "files", "right", "prompts shuffled")
     for name, (share, count) in right.items():
         table.add_row(name, str(count), f"{share:.1%}", f"{chance[name][0]:.1%}")
     console.print(table)
-    report(out, {"files": len(files), "split": split, "right": right, "shuffled": chance})
+    report(out, {"files": len(paths), "split": split, "right": right, "shuffled": chance})
 
 
 def _resized(scene: Scene, scale: float, frames: int | None) -> Scene:

@@ -80,6 +80,6 @@ class Tap(nn.Module):
         return hidden
 
 
-def build_head(width: int) -> nn.Module:
-    """From a token's hidden state to its facts."""
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256), nn.GELU(), nn.Linear(256, FACTS))
+def build_head(width: int, count: int) -> nn.Module:
+    """From a token's hidden state to `count` numbers."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256), nn.GELU(), nn.Linear(256, count))

@@ -12,6 +12,7 @@ from training.model import PROMPT_TOKENS, SPATIAL, Z_DIM
 from training.parallel_vae import ParallelVae
 from training.render import render
 from training.run import autocast
+from training.told import MOST_TOLD, TOLD
 
 REFRESH_EVERY = 8
 """Draws between two refreshments: many clips encoded at once cost little more than few."""
@@ -25,11 +26,15 @@ class Sample:
     ids: torch.Tensor
     facts: torch.Tensor
     """As `facts` has them."""
+    owners: torch.Tensor
+    """int64 [batch, tokens]: the number of the thing that a token speaks of; 0 for none."""
+    told: torch.Tensor
+    """As `told` has it, [batch, 1 + MOST_TOLD, TOLD]."""
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All of it, in this order."""
-        return self.latents, self.ids, self.facts
+        return self.latents, self.ids, self.facts, self.owners, self.told
 
 
 class Pool:
@@ -68,6 +73,8 @@ class Pool:
         )
         self._facts = self._latents.new_zeros(size[0], FACTS, *size[2:])
         self._ids = torch.zeros(self._size, CAPTIONS, PROMPT_TOKENS, dtype=torch.int64, device=device)
+        self._owners = torch.zeros_like(self._ids)
+        self._told = torch.zeros(self._size, 1 + MOST_TOLD, TOLD, device=device)
         self._dropped_ids = torch.zeros(self._size, PROMPT_TOKENS, dtype=torch.int64, device=device)
         self._scenes: Iterator[Scenes] = stream(shape, self._fresh, tokenizer=tokenizer, seed=seed, workers=workers)
         self._filled = self._next = self._draws = 0
@@ -81,12 +88,14 @@ class Pool:
             self._refresh()
         device = self._latents.device
         rows = torch.randint(self._filled, (self.batch,), device=device)
-        ids = self._ids[rows, torch.randint(CAPTIONS, (self.batch,), device=device)]
+        wordings = torch.randint(CAPTIONS, (self.batch,), device=device)
         drop = torch.rand(self.batch, device=device) < dropout
         return Sample(
             self._latents[rows].float(),
-            torch.where(drop[:, None], self._dropped_ids[rows], ids),
+            torch.where(drop[:, None], self._dropped_ids[rows], self._ids[rows, wordings]),
             self._facts[rows].float(),
+            torch.where(drop[:, None], 0, self._owners[rows, wordings]),
+            self._told[rows],
         )
 
     @torch.no_grad()
@@ -103,6 +112,8 @@ class Pool:
             self._latents[own] = ((mean - self._mean) / self._std).to(self._latents.dtype)
             self._facts[own] = facts(drawing[start : start + self._piece]).to(self._facts.dtype)
         self._ids[rows] = scenes.ids.to(device, non_blocking=True)
+        self._owners[rows] = scenes.owners.to(device, non_blocking=True)
+        self._told[rows] = scenes.told.to(device, non_blocking=True)
         self._dropped_ids[rows] = scenes.dropped_ids.to(device, non_blocking=True)
         self._next = (self._next + self._fresh) % self._size
         self._filled = min(self._filled + self._fresh, self._size)

@@ -55,6 +55,8 @@ BOUNCE_HEIGHT = 0.18
 BACKGROUNDS = ("white", "grey", "black", "cream", "gradient", "checkered")
 STYLES = ("plain", "shaded", "outlined", "glowing", "blurry")
 RELATIONS = ("left of", "above")
+KINDS = (0.66, 0.16, 0.18)
+"""Shares of scenes of one thing, of two or three alike, and of two different things."""
 MOST_THINGS = 3
 """In one scene."""
 HELD_OUT_PAIRS = (("purple", "heart"), ("cyan", "star"), ("orange", "moon"), ("pink", "cross"))
@@ -115,16 +117,24 @@ def scene_split(scene: Scene) -> str:
     return "test" if "test" in splits else "tune" if "tune" in splits else "train"
 
 
-def draw_scene(rng: random.Random, *, width: int, height: int, frames: int, split: str = "train") -> Scene:
-    """A scene of `split` at random: nine in ten clips move; about a third shows more than one thing."""
+def draw_scene(
+    rng: random.Random,
+    *,
+    width: int,
+    height: int,
+    frames: int,
+    split: str = "train",
+    kinds: tuple[float, float, float] = KINDS,
+) -> Scene:
+    """A scene of `split` at random."""
     while True:
-        scene = _draw(rng, width, height, frames)
+        scene = _draw(rng, width, height, frames, kinds)
         if scene_split(scene) == split:
             return scene
 
 
-def _draw(rng: random.Random, width: int, height: int, frames: int) -> Scene:
-    kind = rng.choices(("one", "same", "two"), (0.66, 0.16, 0.18))[0]
+def _draw(rng: random.Random, width: int, height: int, frames: int, kinds: tuple[float, float, float]) -> Scene:
+    kind = rng.choices(("one", "same", "two"), kinds)[0]
     first = draw_thing(rng, moving=frames > 1)
     things: tuple[Thing, ...] = (first,)
     count, relation = 1, None
