@@ -6,8 +6,9 @@
         paths = client.fetch(job.id, Path("out"))
 
 What the service refuses is raised as the error of `serve_app.errors` that its code names; `ServiceUnreachable` where no
-wan-serve answers. A broken event stream is taken up again, and a submission whose answer was lost is sent again under the
-same idempotency key, so that it makes one job; nothing else is tried again.
+wan-serve answers. A broken event stream is taken up again, a submission whose answer was lost is sent again under the same
+idempotency key, so that it makes one job, and what only reads is asked again after a `ServiceFailing`; nothing else is
+tried again.
 """
 
 import asyncio
@@ -32,6 +33,7 @@ from serve_app.api.schemas import ArtifactView, ErrorBody, JobPage, JobView, Pre
 from serve_app.errors import (
     DownloadDamaged,
     InvalidValue,
+    ServiceFailing,
     ServiceUnreachable,
     StoreUnavailable,
     WanServeError,
@@ -46,14 +48,24 @@ TIMEOUT_S = 30.0
 PATIENCE_S = 60.0
 """How long a broken event stream is connected again before it is given up."""
 RECONNECT_S = 0.5
+FAILING = frozenset({500, 502, 503, 504})
+"""What a proxy answers by itself while the service behind it dies, starts or moves."""
+
+BACKOFF = tenacity.wait_exponential_jitter(initial=0.5, max=4.0, jitter=0.5)
+TRIES = tenacity.stop_after_attempt(4)
+"""With `BACKOFF`: four tries within about five seconds, longer where each try hangs."""
 
 insistently = tenacity.retry(
     retry=tenacity.retry_if_exception_type((ServiceUnreachable, StoreUnavailable)),
-    wait=tenacity.wait_exponential_jitter(initial=0.5, max=4.0, jitter=0.5),
-    stop=tenacity.stop_after_attempt(4),
+    wait=BACKOFF,
+    stop=TRIES,
     reraise=True,
 )
-"""For requests that carry an idempotency key: four tries within about five seconds, longer where each try hangs."""
+"""For requests that carry an idempotency key."""
+patiently = tenacity.retry(
+    retry=tenacity.retry_if_exception_type(ServiceFailing), wait=BACKOFF, stop=TRIES, reraise=True
+)
+"""For requests that only read. Where nobody answers at all they end at once: the address is likely wrong."""
 
 Model = TypeVar("Model", bound=BaseModel)
 EVENT_DATA: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
@@ -114,13 +126,13 @@ class Client:
 
     def get(self, job_id: str) -> JobView:
         """A job as it is now."""
-        return self._ask(JobView, "GET", _path(job_id))
+        return patiently(self._ask)(JobView, "GET", _path(job_id))
 
     def list(self, *, status: str | None = None, type: str | None = None, page_size: int = 50) -> Iterator[JobView]:
         """Every job of this owner, newest first; pages are read as they are needed."""
         query = _query(limit=page_size, status=status, type=type)
         while True:
-            page = self._ask(JobPage, "GET", "/v1/jobs", params=query)
+            page = patiently(self._ask)(JobPage, "GET", "/v1/jobs", params=query)
             yield from page.data
             if page.next_cursor is None:
                 return
@@ -160,11 +172,11 @@ class Client:
     def fetch(self, job_id: str, folder: Path) -> Sequence[Path]:
         """Download a job's files to `folder`/`job_id`; their paths. A file appears there whole and checked, or not at all."""
         job = self.get(job_id)
-        return [self._download(artifact, folder / job.id) for artifact in job.artifacts]
+        return [patiently(self._download)(artifact, folder / job.id) for artifact in job.artifacts]
 
     def presets(self) -> Sequence[PresetView]:
         """Every job type."""
-        return self._ask(PresetList, "GET", "/v1/presets").data
+        return patiently(self._ask)(PresetList, "GET", "/v1/presets").data
 
     def _ask(self, model: type[Model], method: str, path: str, **parts: Any) -> Model:
         return _parsed(model, self._send(method, path, **parts))
@@ -226,7 +238,7 @@ class AsyncClient:
 
     async def get(self, job_id: str) -> JobView:
         """A job as it is now."""
-        return await self._ask(JobView, "GET", _path(job_id))
+        return await patiently(self._ask)(JobView, "GET", _path(job_id))
 
     async def list(
         self, *, status: str | None = None, type: str | None = None, page_size: int = 50
@@ -234,7 +246,7 @@ class AsyncClient:
         """Every job of this owner, newest first; pages are read as they are needed."""
         query = _query(limit=page_size, status=status, type=type)
         while True:
-            page = await self._ask(JobPage, "GET", "/v1/jobs", params=query)
+            page = await patiently(self._ask)(JobPage, "GET", "/v1/jobs", params=query)
             for job in page.data:
                 yield job
             if page.next_cursor is None:
@@ -275,11 +287,11 @@ class AsyncClient:
     async def fetch(self, job_id: str, folder: Path) -> Sequence[Path]:
         """Download a job's files to `folder`/`job_id`; their paths. A file appears there whole and checked, or not at all."""
         job = await self.get(job_id)
-        return [await self._download(artifact, folder / job.id) for artifact in job.artifacts]
+        return [await patiently(self._download)(artifact, folder / job.id) for artifact in job.artifacts]
 
     async def presets(self) -> Sequence[PresetView]:
         """Every job type."""
-        return (await self._ask(PresetList, "GET", "/v1/presets")).data
+        return (await patiently(self._ask)(PresetList, "GET", "/v1/presets")).data
 
     async def _ask(self, model: type[Model], method: str, path: str, **parts: Any) -> Model:
         return _parsed(model, await self._send(method, path, **parts))
@@ -319,7 +331,8 @@ class _Stream:
         self.path = f"{_path(job_id)}/events"
         self.ended = False
         self._last_id = after
-        self._heard_at: float | None = None
+        self._answered = False
+        self._broken_at: float | None = None
 
     def headers(self) -> dict[str, str]:
         return {} if self._last_id is None else {"Last-Event-ID": self._last_id}
@@ -327,20 +340,22 @@ class _Stream:
     def opened(self, response: httpx.Response) -> bool:
         """Whether events follow. Raises what the service refused."""
         _check(response)
-        self._heard_at = time.monotonic()
+        self._answered, self._broken_at = True, None
         self.ended = response.status_code == 204
         return not self.ended
 
     def event(self, message: ServerSentEvent) -> JobEvent:
-        self._heard_at = time.monotonic()
         self._last_id = message.id
         self.ended = message.event in FINAL_EVENTS
         return JobEvent(id=message.id, name=message.event, data=EVENT_DATA.validate_json(message.data))
 
     def broken(self, error: WanServeError) -> None:
-        """Return where connecting again may help, else raise. A first connection that fails is not tried again."""
-        out_of_patience = self._heard_at is None or time.monotonic() - self._heard_at > PATIENCE_S
-        if out_of_patience or not error.retryable:
+        """Return where connecting again may help, else raise. Where nobody ever answered it is not tried again."""
+        now = time.monotonic()
+        if self._broken_at is None:
+            self._broken_at = now  # counted from here, not from the last event: a job may say nothing for minutes
+        self._answered = self._answered or isinstance(error, ServiceFailing)
+        if not self._answered or now - self._broken_at > PATIENCE_S or not error.retryable:
             raise error
 
 
@@ -404,7 +419,7 @@ def _check(response: httpx.Response) -> None:
     try:
         body = ErrorBody.model_validate_json(response.content)
     except ValidationError:
-        raise _stranger(response) from None
+        raise (_failing if response.status_code in FAILING else _stranger)(response) from None
     raise error_from(body.error)
 
 
@@ -415,12 +430,24 @@ def _parsed(model: type[Model], response: httpx.Response) -> Model:
         raise _stranger(response) from None
 
 
+def _failing(response: httpx.Response) -> ServiceFailing:
+    return ServiceFailing(
+        f"{_address(response)} answered HTTP {response.status_code} without a reason of wan-serve's: "
+        f"{response.text[:80]!a}",
+        hint="What answers there may be restarting: try again in a minute. If that does not help, check the address, and "
+        "run `wan-serve doctor` where the service runs.",
+    )
+
+
 def _stranger(response: httpx.Response) -> ServiceUnreachable:
     return ServiceUnreachable(
-        f"what answers at {response.url.host}:{response.url.port or response.url.scheme} is no running wan-serve "
-        f"(HTTP {response.status_code})",
+        f"what answers at {_address(response)} is no running wan-serve (HTTP {response.status_code})",
         hint="If the service is starting, try again in a few seconds; otherwise check the address.",
     )
+
+
+def _address(response: httpx.Response) -> str:
+    return f"{response.url.host}:{response.url.port or response.url.scheme}"
 
 
 def _unreachable(url: str, error: Exception) -> ServiceUnreachable:

@@ -339,6 +339,12 @@ class ServiceUnreachable(WanServeError):
     retryable = True
 
 
+class ServiceFailing(ServiceUnreachable):
+    """The address answered 500, 502, 503 or 504 without an error of wan-serve's, as a proxy does whose service is away."""
+
+    code = "service_failing"
+
+
 class DownloadDamaged(WanServeError):
     """A downloaded file is not the one that the job's record describes."""
 

@@ -5,10 +5,14 @@ import hashlib
 import http.server
 import json
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
+from itertools import cycle
 from pathlib import Path
+from typing import Any, ClassVar
 
+import httpx
 import pytest
 
 from serve_app.api.schemas import JobRequest
@@ -21,6 +25,7 @@ from serve_app.errors import (
     JobFinished,
     JobNotFound,
     NotFound,
+    ServiceFailing,
     ServiceUnreachable,
     Unauthorized,
 )
@@ -28,7 +33,7 @@ from serve_app.jobs.embedded import EmbeddedStore
 from serve_app.jobs.job import JobStatus
 from serve_app.jobs.receipt import UNTRAINED_NOTICE
 from serve_app.storage.local import LocalStore
-from tests.service import PNG, Service, claim, serving, succeed
+from tests.service import PNG, Service, claim, report_steps, serving, succeed
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -164,6 +169,125 @@ def test_a_stranger_at_the_address_is_no_wan_serve(tmp_path: Path, file_server: 
     (tmp_path / "elsewhere").mkdir()
     with Client(file_server) as client, pytest.raises(ServiceUnreachable, match=r"no running wan-serve \(HTTP 404\)"):
         client.get("0199f2f0a1b2c3d4e5f60718293a")
+
+
+# ---- a proxy whose service is away for a while ----------------------------------------------------------------------
+
+
+class Failing(http.server.BaseHTTPRequestHandler):
+    """A proxy that answers as Ray Serve's does while a node dies, before it passes a request on."""
+
+    target: ClassVar[str]
+    each: ClassVar[int]
+    """How often each address fails at first, and again after a cut."""
+    failures: ClassVar[dict[str, int]]
+    """How often an address still fails."""
+    quiet_s: ClassVar[float]
+    """A stream is cut after so much silence."""
+    statuses: ClassVar[Iterator[int]]
+    asked: ClassVar[list[str]]
+
+    def do_GET(self) -> None:
+        self.asked.append(f"{self.command} {self.path}")
+        left = self.failures.setdefault(self.path, self.each)
+        self.failures[self.path] -= 1
+        if left > 0:
+            self.send_response(next(self.statuses))
+            self.send_header("Content-Type", "text/plain")
+            self.end_headers()
+            self.wfile.write(b"Internal Server Error")
+            return
+        after = {name: self.headers[name] for name in ("Last-Event-ID",) if name in self.headers}
+        try:
+            with httpx.stream("GET", f"{self.target}{self.path}", headers=after, timeout=self.quiet_s) as answer:
+                self.send_response(answer.status_code)
+                self.send_header("Content-Type", answer.headers["Content-Type"])
+                self.end_headers()
+                for chunk in answer.iter_raw():
+                    self.wfile.write(chunk)
+        except httpx.ReadTimeout:
+            self.failures[self.path] = self.each
+
+    do_POST = do_DELETE = do_GET
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def failing(service: Service) -> Iterator[str]:
+    Failing.target, Failing.failures, Failing.each, Failing.quiet_s, Failing.asked = service.url, {}, 1, 20.0, []
+    Failing.statuses = cycle([500, 502, 503, 504])
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+async def test_what_only_reads_is_asked_again(service: Service, client: Client, failing: str, tmp_path: Path) -> None:
+    job = client.submit("a red fox", type="image_fast", sample_steps=3)
+    await succeed(service, tmp_path)
+    events = list(client.events(job.id))
+    with Client(failing) as through:
+        assert list(through.events(job.id)) == events
+        assert [found.id for found in through.list()] == [job.id]
+        assert through.presets() == client.presets()
+        (path,) = through.fetch(job.id, tmp_path / "out")
+        assert path.read_bytes() == PNG
+    assert list(Counter(Failing.asked).values()) == [2] * 5
+
+    Failing.failures.clear()
+    async with AsyncClient(failing) as other:
+        assert [event async for event in other.events(job.id)] == events
+        assert [found.id async for found in other.list()] == [job.id]
+        assert await other.presets() == client.presets()
+        (path,) = await other.fetch(job.id, tmp_path / "other")
+        assert path.read_bytes() == PNG
+
+
+async def test_a_stream_that_breaks_after_a_long_silence_has_all_the_patience(
+    service: Service, client: Client, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.client.PATIENCE_S", 1.0)
+    Failing.quiet_s = 2.0
+    job = client.submit("a red fox", type="image_fast")
+    _, lease = await claim(service.store)
+    Failing.failures[f"/v1/jobs/{job.id}/events"] = 0
+    async with AsyncClient(failing) as other:
+        stream = other.events(job.id)
+        events = [await anext(stream) for _ in range(2)]
+        following = asyncio.create_task(anext(stream))
+        while len(Failing.asked) < 3:  # the stream, the failure after the silence, and the stream again
+            assert not following.done(), following.exception()
+            await asyncio.sleep(0.05)
+        await report_steps(service.store, lease, 1, 1, 1)
+        await service.store.finish(lease, JobStatus.SUCCEEDED)
+        events += [await following, *[event async for event in stream]]
+    assert events == list(client.events(job.id))
+
+
+async def test_a_proxy_that_goes_on_failing_is_told(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.client.PATIENCE_S", 1.0)
+    Failing.each, Failing.statuses = 100, cycle([500])
+    job_id = "0199f2f0a1b2c3d4e5f60718293a"
+    said = r"127\.0\.0\.1:\d+ answered HTTP 500 .* 'Internal Server Error'"
+    async with AsyncClient(failing) as client:
+        with pytest.raises(ServiceFailing, match=said) as failed:
+            await client.get(job_id)
+        assert "try again" in failed.value.hint
+        assert Failing.asked == 4 * [f"GET /v1/jobs/{job_id}"]
+        Failing.asked.clear()
+        with pytest.raises(ServiceFailing, match=said):
+            await anext(client.events(job_id))
+        assert 2 <= len(Failing.asked) <= 4
+        Failing.asked.clear()
+        with pytest.raises(ServiceFailing, match=said):
+            await client.cancel(job_id)
+        with pytest.raises(ServiceFailing, match=said):
+            await client.delete(job_id)
+        assert Failing.asked == [f"POST /v1/jobs/{job_id}/cancel", f"DELETE /v1/jobs/{job_id}"]
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
