@@ -340,9 +340,11 @@ class _Stream:
     def opened(self, response: httpx.Response) -> bool:
         """Whether events follow. Raises what the service refused."""
         _check(response)
-        self._answered, self._broken_at = True, None
-        self.ended = response.status_code == 204
-        return not self.ended
+        ended = response.status_code == 204
+        if not ended and not response.headers.get("Content-Type", "").startswith("text/event-stream"):
+            raise _stranger(response)
+        self._answered, self._broken_at, self.ended = True, None, ended
+        return not ended
 
     def event(self, message: ServerSentEvent) -> JobEvent:
         self._last_id = message.id

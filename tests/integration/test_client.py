@@ -171,6 +171,14 @@ def test_a_stranger_at_the_address_is_no_wan_serve(tmp_path: Path, file_server: 
         client.get("0199f2f0a1b2c3d4e5f60718293a")
 
 
+def test_a_stranger_that_answers_a_page_sends_no_events(tmp_path: Path, file_server: str) -> None:
+    jobs = tmp_path / "elsewhere/v1/jobs/0199f2f0a1b2c3d4e5f60718293a"
+    jobs.mkdir(parents=True)
+    (jobs / "events").write_text("It works!")
+    with Client(file_server) as client, pytest.raises(ServiceUnreachable, match=r"no running wan-serve \(HTTP 200\)"):
+        list(client.events("0199f2f0a1b2c3d4e5f60718293a"))
+
+
 # ---- a proxy whose service is away for a while ----------------------------------------------------------------------
 
 
