@@ -7,6 +7,7 @@ back, and prints a table: as asked, and with the prompts shuffled among the file
 
 import functools
 import multiprocessing
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -212,7 +213,8 @@ def main(
     )
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{item.number:03d}.png" for item in prompts]
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as readers:
+    workers = min(16, os.cpu_count() or 1)  # of a container's host it may count far more
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as readers:
         pending = [
             readers.submit(save_and_read, clip, path)
             for path, clip in track(zip(paths, make(), strict=True), "making", total=len(paths), console=console)
