@@ -1,6 +1,7 @@
 """`wan-serve up` and `wan-serve demo`: the whole service on this machine, from one Serve YAML file."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -206,9 +207,16 @@ class Service:
         """Let replicas hand back their jobs, then stop Serve and Ray."""
         import ray
         from ray import serve
+        from ray.exceptions import GetTimeoutError, RayActorError
+        from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
         if ray.is_initialized():
-            serve.shutdown()
+            with contextlib.suppress(GetTimeoutError):  # then what is left ends with Ray
+                # The controller ends itself in this task. Where Serve makes the call, Ray tells on the terminal that it failed.
+                with contextlib.suppress(ValueError, RayActorError):
+                    controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+                    ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=30.0)
+                serve.shutdown()
             ray.shutdown()
 
 

@@ -123,6 +123,7 @@ def test_a_kill_of_everything_loses_no_job() -> None:
             ends = [client.wait(job_id) for job_id in ids]
         assert [job.status for job in ends] == [JobStatus.SUCCEEDED] * 5, [job.error for job in ends]
         assert service.stop() == []
+        assert "graceful_shutdown" not in service.log.read_text(), "a stop is no failure to tell of"
 
 
 @pytest.mark.parametrize(
