@@ -255,7 +255,7 @@ def main(
     console.print(title)
     print_tables(runs, {kind.name: kind.work_s for kind in kinds}, console)
     record = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", "benchmarks.mixed_load", *sys.argv[1:]]),
         "setup": {**setup, "look_ahead_s": str(look_ahead_s)},
         "kinds": [asdict(kind) for kind in kinds],
         "policy": vars(POLICIES["wan-serve"]),

@@ -145,6 +145,7 @@ class Service:
         _refuse_used_port(http.get("host", "127.0.0.1"), http.get("port", 8000))
         self.url = f"http://{http.get('host', '127.0.0.1')}:{http.get('port', 8000)}"
         self._num_gpus = num_gpus
+        self._controller: Any = None
 
     def start(self, tell: Callable[[str], None] = lambda _: None, *, timeout_s: float = 600.0) -> None:
         """Start Ray, then Serve, then the application; `tell` hears what is being waited for."""
@@ -173,6 +174,7 @@ class Service:
         client = serve_start(
             http_options=self.config["http_options"], proxy_location=self.config.get("proxy_location", "HeadOnly")
         )
+        self._controller = client._controller
         client.deploy_apps(ServeDeploySchema.model_validate(self.config))
         self._wait(tell, time.monotonic() + timeout_s)
 
@@ -208,16 +210,18 @@ class Service:
         import ray
         from ray import serve
         from ray.exceptions import GetTimeoutError, RayActorError
-        from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
         if ray.is_initialized():
-            with contextlib.suppress(GetTimeoutError):  # then what is left ends with Ray
-                # The controller ends itself in this task. Where Serve makes the call, Ray tells on the terminal that it failed.
-                with contextlib.suppress(ValueError, RayActorError):
-                    controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-                    ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=30.0)
+            try:
+                if self._controller is not None:
+                    # It ends itself in this task. Where Serve makes the call, Ray tells on the terminal that the task failed.
+                    with contextlib.suppress(RayActorError):
+                        ray.get(self._controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=30.0)
                 serve.shutdown()
-            ray.shutdown()
+            except GetTimeoutError:
+                logging.getLogger(__name__).warning("Serve did not stop within 30 s; what is left of it ends with Ray")
+            finally:
+                ray.shutdown()
 
 
 def run(config_path: Path, port: int | None) -> int:

@@ -64,10 +64,11 @@ _NUMBERS = {2: "two", 3: "three"}
 
 @dataclass(frozen=True)
 class Wording:
-    """A caption, and where in it each of the scene's things is spoken of: first and last character + 1. Nowhere in a fragment."""
+    """A caption, and where in it each of the scene's things is spoken of."""
 
     text: str
     spans: tuple[tuple[int, int], ...] = ()
+    """Start and end, exclusive, of each thing's phrase; empty for a fragment."""
 
 
 def caption(scene: Scene, rng: random.Random, *, complete: bool = False) -> str:
@@ -76,7 +77,7 @@ def caption(scene: Scene, rng: random.Random, *, complete: bool = False) -> str:
 
 
 def put_into_words(scene: Scene, rng: random.Random, *, complete: bool = False) -> Wording:
-    """As `caption`, with the things' places in it."""
+    """As `caption`, with the things' spans."""
     keep = 1.0 if complete else 0.9
     if not complete and rng.random() < 0.08:
         return Wording(_fragment(scene, rng))

@@ -21,7 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not s
 CAPTIONS = 4
 """Wordings of each scene."""
 PICTURE_KINDS = (0.42, 0.16, 0.42)
-"""As `KINDS`, of pictures: which words belong together is learned from those of two things and hardly from anything else."""
+"""As `KINDS`, of pictures with captions: which words belong together is learned from those of two things and hardly from anything else."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Scenes:
 
 def draw_batch(rng: random.Random, shape: Shape, size: int, split: str, tokenizer: Any) -> Scenes:
     """`size` scenes of `split` at random. Without a tokenizer there are no captions."""
-    kinds = PICTURE_KINDS if shape.frames == 1 else KINDS
+    kinds = PICTURE_KINDS if shape.frames == 1 and tokenizer is not None else KINDS
     scenes = [
         draw_scene(rng, width=shape.width, height=shape.height, frames=shape.frames, split=split, kinds=kinds)
         for _ in range(size)

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -194,7 +194,7 @@ def main(
     steps: int = 25,
     guidance: float = 6.0,
     batch: int = 20,
-    every: Annotated[int, typer.Option(help="Take only every so-manieth prompt.")] = 1,
+    every: Annotated[int, typer.Option(help="Take only every n-th prompt.")] = 1,
     scale: Annotated[float, typer.Option(help="Of the pictures; below 1 for a model trained so.")] = 1.0,
     frames: Annotated[int | None, typer.Option(help="Of clips, where not 17; 1 for pictures alone.")] = None,
 ) -> None:
@@ -213,12 +213,13 @@ def main(
     )
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{item.number:03d}.png" for item in prompts]
-    workers = min(16, os.cpu_count() or 1)  # of a container's host it may count far more
+    workers = min(16, os.cpu_count() or 1)  # in a container this may be the host's count
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as readers:
-        pending = [
-            readers.submit(save_and_read, clip, path)
-            for path, clip in track(zip(paths, make(), strict=True), "making", total=len(paths), console=console)
-        ]
+        pending: list[Future[Reading]] = []
+        for path, clip in track(zip(paths, make(), strict=True), "making", total=len(paths), console=console):
+            pending.append(readers.submit(save_and_read, clip, path))
+            for early in pending[-4 * workers - 1 : -4 * workers]:
+                early.result()  # or frames pile up where a GPU makes them faster than they are read
         readings = [reading.result() for reading in track(pending, "reading", console=console)]
     chosen = list(zip(prompts, paths, strict=True))[:: max(1, len(paths) // 48)][:48]
     contact_sheet([item for item, _ in chosen], [load(path) for _, path in chosen], out / "contact_sheet.png")

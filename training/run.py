@@ -222,6 +222,11 @@ class Trainer:
 
     def _load(self) -> None:
         state = torch.load(self._checkpoint, map_location=self.device, weights_only=True)
+        if state["modules"].keys() != self._modules.keys():
+            raise ValueError(
+                f"{self._checkpoint} is of another version of this training: it holds {', '.join(state['modules'])}, where "
+                f"{', '.join(self._modules)} are trained now; name another folder, and a model to begin with by --init"
+            )
         for name, module in self._modules.items():
             module.load_state_dict(state["modules"][name])
         self.average.values = state["average"]

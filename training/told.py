@@ -2,8 +2,8 @@
 
 A real text encoder comes to the denoiser trained, and a word's embedding knows its sentence. This one starts from nothing, and
 a denoiser that learns from pictures alone is content with words in a bag: of "a red heart left of a blue square" it knew both
-colours and both shapes, but not whose was which, nor which was left. So each word of "a red heart" is made to know all that is said of
-the heart. The head is dropped after training.
+colours and both shapes, but not whose was which, nor which was left. So each word of "a red heart" is made to know what a caption can
+tell of that heart, also where its own leaves some out. The head is dropped after training.
 """
 
 import math
@@ -20,7 +20,8 @@ TOLD = len(SHAPES) + 12
 def told(scene: Scene) -> torch.Tensor:
     """About -1 to 1, float32 [1 + MOST_TOLD, TOLD]: a row for each thing as captions number them, from 1. Row 0 is of none.
 
-    Shape (one-hot), colour, logarithm of the size, place, direction of motion, bounce, spin, growth, and count.
+    Shape (one-hot), colour, logarithm of the size, place (0 where nothing is said of it), direction of motion, bounce, spin,
+    growth, and how many more than one there are (up to 2).
     """
     rows = torch.zeros(1 + MOST_TOLD, TOLD)
     for number, thing in enumerate(scene.things):

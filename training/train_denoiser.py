@@ -47,7 +47,7 @@ class Settings:
     """Share of captions dropped, for guidance."""
     shift: float = 3.0
     """Noise levels are sigmoids of normal numbers, moved towards noise by this (as flow_shift moves the sampler's): with few
-    tokens to a picture, what is drawn and where is decided early. More of it leaves edges wobbly."""
+    tokens to a picture, what is drawn and where is decided early. A larger shift leaves edges wobbly."""
     facts_weight: float = 0.5
     """Of the error of what is read from the middle (`facts.py`)."""
     told_weight: float = 0.2

@@ -56,7 +56,7 @@ BACKGROUNDS = ("white", "grey", "black", "cream", "gradient", "checkered")
 STYLES = ("plain", "shaded", "outlined", "glowing", "blurry")
 RELATIONS = ("left of", "above")
 KINDS = (0.66, 0.16, 0.18)
-"""Shares of scenes of one thing, of two or three alike, and of two different things."""
+"""Shares drawn of one thing, of two or three alike, and of two different things. Of the last fewer remain: both must be of the split."""
 MOST_THINGS = 3
 """In one scene."""
 HELD_OUT_PAIRS = (("purple", "heart"), ("cyan", "star"), ("orange", "moon"), ("pink", "cross"))

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
 from serve_app.engine.load import WAN_SHAPES, ModelSource, load_pipeline
 from training import train_denoiser, train_vae
+from training.run import Trainer
 
 
 def test_from_nothing_to_a_model_that_loads(tmp_path: Path) -> None:
@@ -62,6 +64,15 @@ def test_it_goes_on_from_a_model(tmp_path: Path) -> None:
     assert loaded.tokenizer("a red circle").input_ids == bundled.tokenizer("a red circle").input_ids
     for name, old in bundled.transformer.state_dict().items():
         torch.testing.assert_close(loaded.transformer.state_dict()[name], old, rtol=0.1, atol=0.01)
+
+
+def test_a_checkpoint_of_another_version_is_named(tmp_path: Path) -> None:
+    torch.save({"modules": {"head": {}}}, tmp_path / "checkpoint.pt")
+    layer = torch.nn.Linear(1, 1)
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.pt is of another version .* it holds head, where heads are trained"
+    ):
+        Trainer(tmp_path, {}, {"heads": layer}, minutes=1.0, peak_rate=1e-3, device=torch.device("cpu"))
 
 
 def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
